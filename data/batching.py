@@ -1,0 +1,65 @@
+"""Columns and BPTT windows: how a stream of ids becomes batches."""
+
+import numpy as np
+import torch
+
+from .files import CorpusError
+
+
+def columns(ids, batch_size):
+    """Cut a stream (N,) into B columns of equal length that are read side by side: int64 tensor (N // B, B).
+
+    Column b continues where column b-1 ended; the N % B ids at the end are left out (training only; evaluation uses
+    scored_columns). With the alphabet and B = 4: a g m s / b h n t / c i o u / d j p v / e k q w / f l r x.
+
+    Raises CorpusError when a column would have no target.
+    """
+    length = len(ids) // batch_size
+    if length < 2:
+        raise CorpusError(
+            f"{len(ids)} tokens can't fill {batch_size} columns of at least 2 tokens: use a smaller --batch-size"
+        )
+    return torch.from_numpy(np.ascontiguousarray(ids[: length * batch_size].reshape(batch_size, length).T, np.int64))
+
+
+def windows(stream, bptt, start=0):
+    """Yield (tokens, targets), each (T, B), of consecutive windows of `bptt` steps, the last one shorter.
+
+    stream: (N, B), as `columns` gives it. start: the index of the first window. Targets are the tokens one step later.
+    """
+    steps = len(stream) - 1
+    for begin in range(start * bptt, steps, bptt):
+        end = min(begin + bptt, steps)
+        yield stream[begin:end], stream[begin + 1 : end + 1]
+
+
+def num_windows(stream, bptt):
+    """How many windows `windows` yields."""
+    return -(-(len(stream) - 1) // bptt)
+
+
+def scored_columns(ids, batch_size, warmup, ignore):
+    """Columns for evaluation, in which every one of the N-1 targets of a stream (N,) counts exactly once.
+
+    Each column but the first is preceded by the `warmup` tokens before it, so that its state can be warmed up on them.
+    Returns warm (W, B-1): what columns 1 to B-1 read first, unscored; tokens and targets, each (L, B),
+    L = ceil((N-1) / B), int64; targets past the end of the stream are `ignore`. W = min(warmup, L).
+
+    Raises CorpusError when there are fewer targets than columns.
+    """
+    count = len(ids) - 1
+    if count < batch_size:
+        raise CorpusError(
+            f"{len(ids)} tokens have {max(count, 0)} targets, fewer than {batch_size} columns: "
+            f"use a longer text or a smaller --eval-batch"
+        )
+    length = -(-count // batch_size)
+    padded = np.zeros(length * batch_size, np.int64)
+    padded[:count] = ids[:-1]
+    targets = np.full(length * batch_size, ignore, np.int64)
+    targets[:count] = ids[1:]
+    warmup = min(warmup, length)
+    before = np.arange(1, batch_size) * length
+    warm = padded[before[None] + np.arange(-warmup, 0)[:, None]]
+    tokens, targets = (array.reshape(batch_size, length).T for array in (padded, targets))
+    return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in (warm, tokens, targets))

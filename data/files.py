@@ -1,0 +1,33 @@
+"""Files that are either whole or absent, and the one exception of this package."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class CorpusError(Exception):
+    """What the user gave as a corpus can't be used; the message is one line: expected, got, what to do."""
+
+
+@contextmanager
+def atomic_write(path, mode="wb", **open_options):
+    """Open a temporary file beside `path`; on success it is synced to disk and renamed to `path`.
+
+    Readers see the old content or the new, never a part. On any error the temporary file is removed and `path`
+    keeps its old content. Several processes may write the same path at once: the last one wins, whole.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(handle, mode, **open_options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,118 @@
+"""Generate text from a checkpoint of any family."""
+
+import io
+import sys
+from contextlib import nullcontext
+
+import torch
+
+from data.corpus import EOS, UNK, some
+from data.files import atomic_write
+from utils import UserError, checkpoint, cli, runtime
+
+WORDS_A_LINE = 20
+
+
+def restrict(log_probs, top_k=None, top_p=None):
+    """Keep the likeliest words of log_probs (B, V) and set the others to -inf.
+
+    top_k: how many. top_p: the smallest set whose probabilities sum to at least this (nucleus sampling, Holtzman et
+    al. 2020); the likeliest word is always kept. With both, top_k comes first and top_p looks at what it left.
+    """
+    if top_k is not None and top_k < log_probs.shape[-1]:
+        threshold = log_probs.topk(top_k, dim=-1).values[:, -1:]
+        log_probs = log_probs.masked_fill(log_probs < threshold, -torch.inf)
+    if top_p is not None:
+        ordered, index = log_probs.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p
+        log_probs = log_probs.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
+    return log_probs
+
+
+@torch.inference_mode()
+def sample(model, prompt, words, samples=1, temperature=1.0, top_k=None, top_p=None, banned=(), report=None):
+    """Draw `samples` continuations of `prompt`, side by side.
+
+    prompt: ids, at least one. banned: ids that are never drawn. temperature divides the log probabilities; above 1
+    more diverse. report: called with the number of words done. Randomness comes from torch's CPU generator.
+    Returns ids, int64 (words, samples), without the prompt.
+    """
+    device = next(model.parameters()).device
+    state = model.initial_state(samples)
+    tokens = torch.tensor(prompt, device=device)[:, None].expand(-1, samples)
+    banned = torch.tensor(banned, dtype=torch.int64, device=device)
+    drawn = []
+    for done in range(words):
+        hidden, state = model.hidden(tokens, state)
+        log_probs = model.log_probs(hidden[-1:])[0].float() / temperature
+        log_probs = restrict(log_probs.index_fill(-1, banned, -torch.inf), top_k, top_p)
+        tokens = torch.multinomial(log_probs.softmax(-1).cpu(), 1).T.to(device)
+        drawn.append(tokens)
+        if report:
+            report(done)
+    return torch.cat(drawn)
+
+
+def write_text(file, vocabulary, ids):
+    """Write ids (words, samples) as text: 20 words a line, a blank line between samples."""
+    for number, column in enumerate(ids.T.tolist()):
+        if number:
+            file.write("\n")
+        for start in range(0, len(column), WORDS_A_LINE):
+            file.write(" ".join(vocabulary.words[i] for i in column[start : start + WORDS_A_LINE]) + "\n")
+
+
+def build_parser():
+    """The flags of this script."""
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--checkpoint", default="./model.pt", metavar="PATH", help="what training saved")
+    parser.add_argument("--outf", default="generated.txt", metavar="FILE", help="where the text goes, - for the screen")
+    parser.add_argument("--words", type=cli.positive_int, default=1000, metavar="N", help="words of each sample")
+    parser.add_argument("--samples", type=cli.positive_int, default=1, metavar="N", help="independent texts")
+    parser.add_argument("--prompt", default="", help="words to go on from; they are not repeated in the text")
+    parser.add_argument("--seed", type=cli.seed_number, default=1111, help="equal seeds, equal text")
+    parser.add_argument("--temperature", type=cli.number(float, 1e-3), default=1.0, help="higher is more diverse")
+    parser.add_argument("--top-k", type=cli.positive_int, metavar="K", help="draw from the K likeliest words")
+    parser.add_argument(
+        "--top-p", type=cli.number(float, 0, 1, True), metavar="P", help="likeliest words that sum to P"
+    )
+    parser.add_argument("--no-unk", action="store_true", help=f"never draw {UNK}")
+    parser.add_argument("--log-interval", type=cli.positive_int, default=100, metavar="N", help="words a progress line")
+    parser.add_argument("--data", help="accepted for old command lines; the checkpoint holds all that is needed")
+    cli.add_runtime(parser)
+    return parser
+
+
+def main(argv=None):
+    """Parse flags, load the checkpoint, write the text."""
+    args = build_parser().parse_args(argv)
+    device, _ = runtime.setup(args)
+    model, vocabulary, _ = checkpoint.load_model(args.checkpoint, device)
+    prompt = args.prompt.split()
+    unknown = [word for word in prompt if word not in vocabulary.ids]
+    if unknown:
+        raise UserError(f"--prompt has words that the model does not know: {some(unknown)}; see its training text")
+    ids = [vocabulary.ids[word] for word in [EOS, *prompt]]
+    banned = [vocabulary.ids[UNK]] if args.no_unk and UNK in vocabulary.ids else []
+    to_screen = args.outf == "-"
+    log = sys.stderr if to_screen else sys.stdout
+
+    def progress(done):
+        if done % args.log_interval == 0:
+            print(f"| Generated {done}/{args.words} words", file=log, flush=True)
+
+    torch.manual_seed(args.seed)
+    with runtime.autocast(device, args.amp):
+        text = sample(model, ids, args.words, args.samples, args.temperature, args.top_k, args.top_p, banned, progress)
+    buffer = io.StringIO()
+    write_text(buffer, vocabulary, text)
+    opened = nullcontext(sys.stdout) if to_screen else atomic_write(args.outf, "w", encoding="utf-8")
+    with opened as file:
+        file.write(buffer.getvalue())
+    if not to_screen:
+        print(f"| {args.words * args.samples} words in {args.outf}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,26 @@
+"""Tensors in, tensors out: the cores, the heads and the language model around them. No flags, no files, no printing.
+
+Axes in every docstring: T time, B batch, E embedding, H hidden, V vocabulary. Time first, batch second, states too.
+"""
+
+from .language_model import LanguageModel, ModelError
+from .rnn import RNN
+
+CORES = {"rnn": RNN}
+
+__all__ = ["CORES", "RNN", "LanguageModel", "ModelError", "build"]
+
+
+def build(config):
+    """The LanguageModel that a plain dictionary describes; checkpoints keep this dictionary.
+
+    config: {"family": a key of CORES, "core": the arguments of that core, and those of LanguageModel
+        ("vocab_size", "tied", "dropouti", "dropout")}.
+
+    Raises ModelError for an unknown family or sizes that do not fit each other.
+    """
+    arguments = dict(config)
+    family, core = arguments.pop("family"), arguments.pop("core")
+    if family not in CORES:
+        raise ModelError(f"unknown model family {family!r}: this version knows {', '.join(CORES)}")
+    return LanguageModel(core=CORES[family](**core), **arguments)

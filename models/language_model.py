@@ -1,0 +1,64 @@
+"""Embedding -> core -> head: the language model that every family shares."""
+
+from torch import nn
+from torch.nn import functional
+
+from .softmax import IGNORE, FullSoftmax
+
+
+class ModelError(Exception):
+    """Sizes or names that can't make a model; the message is one line: expected, got, what to do."""
+
+
+class LanguageModel(nn.Module):
+    """p(w_1 ... w_T) by a recurrent core over embedded words.
+
+    vocab_size: V. core: a module with input_size, output_size, initial_state(B) and
+    (x (T, B, E), state) -> (output (T, B, H), state), state a tuple of tensors with B at dim 1.
+    tied: head and embedding share one matrix. dropouti: on the embedded words. dropout: on the core's output.
+    Embedding and head start uniform in +-0.1, as in word_language_model.
+
+    Raises ModelError when tied and the core's input and output sizes differ.
+    """
+
+    def __init__(self, vocab_size, core, tied, dropouti=0.0, dropout=0.0):
+        super().__init__()
+        if tied and core.input_size != core.output_size:
+            raise ModelError(
+                f"tied weights need equal sizes: the embedding has {core.input_size} features, the output "
+                f"{core.output_size}; give both one size, or --no-tied"
+            )
+        self.embedding = nn.Embedding(vocab_size, core.input_size)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.core = core
+        self.head = FullSoftmax(core.output_size, vocab_size, self.embedding.weight if tied else None)
+        self.vocab_size, self.dropouti, self.dropout = vocab_size, dropouti, dropout
+
+    def initial_state(self, batch_size):
+        """The state before the first word, as the core defines it."""
+        return self.core.initial_state(batch_size)
+
+    def hidden(self, tokens, state):
+        """tokens (T, B), state -> the core's output before dropout (T, B, H), state after the last token."""
+        x = functional.dropout(self.embedding(tokens), self.dropouti, self.training)
+        return self.core(x, state)
+
+    def log_probs(self, hidden):
+        """(T, B, H) -> (T, B, V): natural logarithm of the probability of each next word."""
+        return self.head.log_probs(hidden)
+
+    def forward(self, tokens, targets, state):
+        """One window of training.
+
+        tokens, targets (T, B), integers; a target of IGNORE is not scored.
+        Returns the loss summed over the targets in nats, the regularizer to add to the mean loss, the number of
+        targets, each (1, 1) so that DataParallel can gather them along dim 1, and the state after the last token.
+        """
+        hidden, state = self.hidden(tokens, state)
+        loss = self.head.loss(functional.dropout(hidden, self.dropout, self.training), targets)
+        count = (targets != IGNORE).sum()
+        return loss.view(1, 1), loss.new_zeros(1, 1), count.view(1, 1), state
+
+    def num_params(self):
+        """Parameters that are trained, a tied matrix counted once."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)

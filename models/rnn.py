@@ -1,0 +1,97 @@
+"""Elman, GRU and LSTM: the library's kernels, or the same weights in a Python loop over readable cells."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def elman_cell(nonlinearity):
+    """The step h' = g(W_ih x + b_ih + W_hh h + b_hh), g = `nonlinearity` (Elman 1990)."""
+
+    def cell(x_gates, state, w_hh, b_hh):
+        return (nonlinearity(x_gates + functional.linear(state[0], w_hh, b_hh)),)
+
+    return cell
+
+
+def gru_cell(x_gates, state, w_hh, b_hh):
+    """Cho et al. 2014, with the reset gate after the product, as cuDNN and torch have it. Gate order r, z, n.
+
+    r = sigmoid(.), z = sigmoid(.), n = tanh(x_n + r * (W_hn h + b_hn)), h' = (1 - z) n + z h.
+    """
+    (h,) = state
+    x_r, x_z, x_n = x_gates.chunk(3, dim=-1)
+    h_r, h_z, h_n = functional.linear(h, w_hh, b_hh).chunk(3, dim=-1)
+    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + r * h_n)
+    return (n + z * (h - n),)
+
+
+def lstm_cell(x_gates, state, w_hh, b_hh):
+    """Hochreiter & Schmidhuber 1997, with forget gate, no peepholes. Gate order i, f, g, o.
+
+    c' = f c + i g, h' = o tanh(c'), with i, f, o = sigmoid(.), g = tanh(.).
+    """
+    h, c = state
+    i, f, g, o = (x_gates + functional.linear(h, w_hh, b_hh)).chunk(4, dim=-1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+KINDS = {
+    "LSTM": (nn.LSTM, {}, lstm_cell),
+    "GRU": (nn.GRU, {}, gru_cell),
+    "RNN_TANH": (nn.RNN, {"nonlinearity": "tanh"}, elman_cell(torch.tanh)),
+    "RNN_RELU": (nn.RNN, {"nonlinearity": "relu"}, elman_cell(torch.relu)),
+}
+
+
+class RNN(nn.Module):
+    """A stack of recurrent layers: core(x, state) -> output, state.
+
+    model: LSTM, GRU, RNN_TANH or RNN_RELU. emsize: features of the input. nhid: hidden units of each layer.
+    dropout: between layers, a fresh mask for every time step. loop: walk over time in Python, cell by cell, instead of
+    calling the library's kernel; weights, their names and the results are the same.
+
+    Deviation from L0SG's port in the loop: W_ih x of all steps is one product before it.
+    """
+
+    def __init__(self, model, emsize, nhid, nlayers, dropout=0.0, loop=False):
+        super().__init__()
+        library, arguments, self.cell = KINDS[model]
+        between = dropout if nlayers > 1 else 0.0
+        self.rnn = library(emsize, nhid, nlayers, dropout=between, **arguments)
+        self.model, self.input_size, self.output_size, self.loop = model, emsize, nhid, loop
+
+    def initial_state(self, batch_size):
+        """Zeros: (h, c) of the LSTM, (h,) of the others, each (layers, B, H)."""
+        weight = self.rnn.weight_hh_l0
+        shape = (self.rnn.num_layers, batch_size, self.output_size)
+        return tuple(weight.new_zeros(shape) for _ in range(2 if self.model == "LSTM" else 1))
+
+    def forward(self, x, state):
+        """x (T, B, E), state as initial_state gives it -> output (T, B, H), state after the last step in its dtype."""
+        if self.loop:
+            output, new_state = self._walk(x, state)
+        elif self.model == "LSTM":
+            output, new_state = self.rnn(x, state)
+        else:
+            output, *new_state = self.rnn(x, *state)
+        return output, tuple(new.to(old.dtype) for new, old in zip(new_state, state, strict=True))
+
+    def _walk(self, x, state):
+        finals = []
+        for layer in range(self.rnn.num_layers):
+            w_ih, w_hh, b_ih, b_hh = (
+                getattr(self.rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            step_state = tuple(part[layer] for part in state)
+            outputs = []
+            for x_gates in functional.linear(x, w_ih, b_ih).unbind(0):
+                step_state = self.cell(x_gates, step_state, w_hh, b_hh)
+                outputs.append(step_state[0])
+            x = torch.stack(outputs)
+            if layer + 1 < self.rnn.num_layers:
+                x = functional.dropout(x, self.rnn.dropout, self.training)
+            finals.append(step_state)
+        return x, [torch.stack(parts) for parts in zip(*finals, strict=True)]

@@ -1,0 +1,87 @@
+"""Corpora, checkpoints and script runs that the tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_rnn
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def corpus_folder():
+    """corpus_folder(NAME): a real corpus, in data/ or the folder that RECURRENT_LM_DATA names; skips if absent."""
+
+    def find(name):
+        for parent in (ROOT / "data", Path(os.environ.get("RECURRENT_LM_DATA", ROOT / "data"))):
+            if (parent / name / "train.txt").is_file():
+                return parent / name
+        pytest.skip(f"no corpus {name}: neither in data/ nor in the folder that RECURRENT_LM_DATA names")
+
+    return find
+
+
+def write_tiny_corpus(folder):
+    """Made-up text of 29 words with some structure: 1,500 lines of train, 150 of valid and test."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    words = [f"w{i}" for i in range(26)] + ["<unk>", "the"]
+    for split, lines in (("train", 1500), ("valid", 150), ("test", 150)):
+        with open(folder / f"{split}.txt", "w", encoding="utf-8") as file:
+            for _ in range(lines):
+                start = int(rng.integers(len(words)))
+                line = [words[(start + 3 * i) % len(words)] for i in range(int(rng.integers(1, 9)))]
+                file.write(" ".join(line) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """A small made-up corpus, written once."""
+    return write_tiny_corpus(tmp_path_factory.mktemp("corpora") / "tiny")
+
+
+TINY = ["--emsize=11", "--nhid=11", "--batch-size=7", "--bptt=13", "--epochs=2", "--eval-batch=3", "--threads=1"]
+TINY += ["--log-interval=20"]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_corpus, tmp_path_factory):
+    """The run folder of a small tied LSTM trained on tiny_corpus for two epochs; its model.pt lies in it too."""
+    runs = tmp_path_factory.mktemp("runs")
+    folder = runs / "tiny"
+    argv = ["--data", str(tiny_corpus), "--runs-dir", str(runs), "--name", "tiny", "--save", str(runs / "model.pt")]
+    train_rnn.main([*argv, *TINY, "--lr", "0.02"])
+    (runs / "model.pt").rename(folder / "model.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_run):
+    """A checkpoint of tiny_run; do not change it."""
+    return tiny_run / "model.pt"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script(NAME, *ARGS): run a script of the repository in a process of its own, in an empty folder."""
+
+    def run(name, *args, timeout=240, **environment):
+        return subprocess.run(
+            [sys.executable, str(ROOT / name), *map(str, args)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        )
+
+    return run

@@ -1,0 +1,84 @@
+"""Train an Elman network, GRU or LSTM on a text corpus."""
+
+from models.rnn import KINDS
+from utils import cli, trainer
+
+RECIPES = {
+    # L0SG/relational-rnn-pytorch, train_rnn.py
+    "port": {
+        "emsize": 300,
+        "nhid": 300,
+        "nlayers": 1,
+        "dropout": 0.5,
+        "tied": True,
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "clip": 0.1,
+        "batch_size": 64,
+        "bptt": 100,
+        "epochs": 100,
+        "schedule": "plateau",
+        "plateau_factor": 0.5,
+        "plateau_patience": 5,
+        "plateau_threshold": 1e-4,
+        "log_interval": 100,
+    },
+    # pytorch/examples, word_language_model/main.py
+    "example": {
+        "emsize": 200,
+        "nhid": 200,
+        "nlayers": 2,
+        "dropout": 0.2,
+        "tied": False,
+        "optimizer": "sgd",
+        "lr": 20.0,
+        "clip": 0.25,
+        "batch_size": 20,
+        "bptt": 35,
+        "epochs": 40,
+        "schedule": "plateau",
+        "plateau_factor": 0.25,
+        "plateau_patience": 0,
+        "plateau_threshold": 0.0,
+        "log_interval": 200,
+    },
+}
+
+
+def build_parser():
+    """The flags of this script."""
+    parser = cli.training_parser(__doc__)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=tuple(KINDS), default="LSTM", help="kind of recurrent layer")
+    group.add_argument("--emsize", type=cli.positive_int, help="features of the word embeddings")
+    group.add_argument("--nhid", type=cli.positive_int, help="hidden units of each layer")
+    group.add_argument("--nlayers", type=cli.positive_int, help="recurrent layers")
+    group.add_argument("--dropout", type=cli.probability, help="of embedded words, between layers and of the output")
+    group.add_argument("--tied", action=cli.BooleanOptionalAction, help="embedding and softmax share one matrix")
+    group.add_argument("--loop", action="store_true", help="a Python loop over cells instead of the library's kernel")
+    group.add_argument("--cudnn", dest="loop", action="store_false", help="the library's kernel, as without --loop")
+    return parser
+
+
+def model_config(args, vocab_size):
+    """The model that the flags describe, for models.build."""
+    core = {name: getattr(args, name) for name in ("model", "emsize", "nhid", "nlayers", "dropout", "loop")}
+    return {
+        "family": "rnn",
+        "core": core,
+        "vocab_size": vocab_size,
+        "tied": args.tied,
+        "dropouti": args.dropout,
+        "dropout": args.dropout,
+    }
+
+
+def main(argv=None):
+    """Parse flags, build the corpus and the model's configuration, train."""
+    args, resumed = cli.parse_training(build_parser(), RECIPES, argv, family="rnn")
+    corpus = cli.load_corpus(args)
+    return trainer.fit(args, corpus, model_config(args, len(corpus.vocabulary)), resumed)
+
+
+if __name__ == "__main__":
+    cli.run(main)

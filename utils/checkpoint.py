@@ -1,0 +1,91 @@
+"""One file a model: plain containers and tensors, written atomically, read without executing anything.
+
+A checkpoint is a dictionary: format, config (for models.build), vocabulary {words, counts}, weights, args (the flags),
+corpus {name, data, checksums, options}; and what training goes on from: optimizer, schedule, rng, position, history,
+best.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from data.corpus import Vocabulary
+from data.files import atomic_write
+from models import CORES, build
+
+from . import UserError
+
+FORMAT = 1
+
+
+def save(path, checkpoint):
+    """Write a checkpoint; `path` holds the old file or the whole new one, never a part.
+
+    Raises UserError when it can't be written (full disk, no folder, no permission).
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        kept = f"; the checkpoint that was there is untouched ({path})" if Path(path).exists() else ""
+        message = f"cannot save {path}: {cause.strerror}; free some space or choose another place{kept}"
+        raise UserError(message) from None
+
+
+def load(path):
+    """The dictionary of a checkpoint, tensors on the CPU.
+
+    Raises UserError for a missing or truncated file, one that is no checkpoint of this project, that needs another
+    version, or that holds anything but plain data (which could be code).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: train a model first (python train_rnn.py), or give --checkpoint PATH")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n", 1)[0]
+        raise UserError(
+            f"{path} is refused: a checkpoint holds tensors and plain data only, this file holds other objects "
+            f"or is damaged ({reason})"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise UserError(f"{path} is damaged or no checkpoint ({reason}): expected a file that training saved") from None
+    if not isinstance(checkpoint, dict) or not {"format", "config", "vocabulary", "weights"} <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of recurrent-lm: expected one that its train scripts wrote")
+    if checkpoint["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {checkpoint['format']}, this version reads {FORMAT}")
+    return checkpoint
+
+
+def load_model(path, device, families=tuple(CORES)):
+    """The model of a checkpoint in evaluation mode on `device`, its vocabulary, and the checkpoint.
+
+    families: those that the caller can use. Raises UserError as load does, and for weights that do not fit.
+    """
+    checkpoint = load(path)
+    expect_family(checkpoint, path, families)
+    model = build(checkpoint["config"])
+    load_weights(model, checkpoint, path)
+    return model.to(device).eval(), Vocabulary(**checkpoint["vocabulary"]), checkpoint
+
+
+def expect_family(checkpoint, path, families):
+    """Raises UserError unless the checkpoint is of one of `families`."""
+    family = checkpoint["config"].get("family")
+    if family not in families:
+        raise UserError(f"{path} is a checkpoint of family {family!r}, expected {' or '.join(map(repr, families))}")
+
+
+def load_weights(model, checkpoint, path):
+    """Copy the checkpoint's weights into a model. Raises UserError when names or shapes differ."""
+    try:
+        model.load_state_dict(checkpoint["weights"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit the model it describes: {reason}") from None

@@ -1,0 +1,256 @@
+"""Flags that the scripts share, their checks, recipes, and the way a script ends."""
+
+import argparse
+import errno
+import math
+import os
+import sys
+from argparse import BooleanOptionalAction
+
+import torch
+
+from data import Corpus, CorpusError, find_corpus
+from models import ModelError
+
+from . import TrainingError, UserError, checkpoint, optim, report
+from .report import RunFolder
+
+MAY_CHANGE = ("epochs", "max_minutes", "log_interval", "threads")
+"""Flags that --resume lets differ (epochs not under one-cycle; other threads give up bit equality)."""
+LOCATORS = ("data", "runs_dir", "resume", "name")
+"""Flags that say where things are; the corpus is compared by its checksums."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with _ and - alike in long flags, defaults in the help, and errors of one line."""
+
+    def __init__(self, **arguments):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **arguments)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, after --batch_size and the like have become --batch-size."""
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_dashes(arg) for arg in args], namespace)
+
+    def error(self, message):
+        """Print one line and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def _dashes(arg):
+    flag, equals, value = arg.partition("=")
+    return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number of `kind` from `low` (or, with above, strictly above it) to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            what = "a whole number" if kind is int else "a number"
+            bounds = f"above {low:g}" if above else f"of at least {low:g}"
+            limit = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"expected {what} {bounds}{limit}, got {text}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+positive = number(float, 0, above=True)
+non_negative = number(float, 0)
+probability = number(float, 0, 0.999)
+seed_number = number(int, 0, 2**63 - 1)
+
+
+def training_parser(description):
+    """A parser with the flags that every train script has."""
+    parser = Parser(description=description)
+    for add in (add_data, add_training, add_run, add_runtime):
+        add(parser)
+    return parser
+
+
+def add_data(parser):
+    """--data, --vocab, --vocab-size."""
+    group = parser.add_argument_group("corpus")
+    group.add_argument(
+        "--data",
+        default="./data/wikitext-2",
+        help="folder with train.txt, valid.txt, test.txt, or the name of one under ./data; "
+        "pydocs is made from Python's own documentation",
+    )
+    group.add_argument(
+        "--vocab",
+        choices=("all", "train"),
+        default="all",
+        help="types of all three splits, as the papers count them, or of the training split, others become <unk>",
+    )
+    group.add_argument("--vocab-size", type=number(int, 3), metavar="N", help="keep the N most frequent types")
+
+
+def add_training(parser):
+    """Optimizer, schedule, batches."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--optimizer", choices=("sgd", "adam"), default="adam", help="how weights are updated")
+    group.add_argument("--lr", type=positive, default=1e-3, help="initial learning rate; the highest under onecycle")
+    group.add_argument("--momentum", type=probability, default=0.0, help="of SGD")
+    group.add_argument("--clip", type=non_negative, default=0.1, help="largest gradient norm, 0 for any")
+    group.add_argument(
+        "--wdecay", "--wd", "--weight-decay", type=non_negative, default=0.0, help="L2 weight decay, after clipping"
+    )
+    group.add_argument("--epochs", type=positive_int, default=100, help="upper epoch limit")
+    group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="columns of text")
+    group.add_argument("--bptt", type=positive_int, default=100, metavar="T", help="steps of each window")
+    group.add_argument(
+        "--schedule", choices=tuple(optim.SCHEDULES), help="of the learning rate; step where --decay is given"
+    )
+    group.add_argument("--plateau-factor", type=number(float, 0, 0.999, True), default=0.5, help="rate times this ...")
+    group.add_argument("--plateau-patience", type=number(int, 0), default=5, help="... after more bad epochs than this")
+    group.add_argument("--plateau-threshold", type=number(float, 0, 0.999), default=1e-4, help="smallest relative gain")
+    group.add_argument("--decay", type=number(float, 0, 1, True), default=1.0, help="rate times this each epoch ...")
+    group.add_argument("--decay-from", type=number(int, 1), default=1, metavar="EPOCH", help="... after this one")
+    group.add_argument("--seed", type=seed_number, default=1111, help="random seed, fixes everything")
+
+
+def add_run(parser):
+    """Where results go, how often, when to stop."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--name", help="of the run folder; date and time if not given")
+    group.add_argument(
+        "--runs-dir",
+        default=os.environ.get("RECURRENT_LM_RUNS", "runs"),
+        metavar="DIR",
+        help="holds the run folders; RECURRENT_LM_RUNS sets another default",
+    )
+    group.add_argument("--save", default="./model.pt", metavar="PATH", help="also holds the best checkpoint")
+    group.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run (name or folder), bit for bit on a CPU; only epochs (not under onecycle), "
+        "max-minutes, log-interval and threads may differ",
+    )
+    group.add_argument("--log-interval", type=positive_int, default=200, metavar="N", help="batches a log line")
+    group.add_argument("--checkpoint-every", type=positive_int, metavar="BATCHES", help="also within an epoch")
+    group.add_argument("--max-minutes", type=positive, metavar="M", help="stop training after this long")
+    group.add_argument("--eval-batch", type=positive_int, default=10, metavar="N", help="columns between epochs")
+    group.add_argument("--dry-run", action="store_true", help="one batch, a short evaluation, nothing kept")
+
+
+def add_runtime(parser):
+    """Device and precision."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--cuda", "--accel", action="store_true", help="use the GPU")
+    group.add_argument("--amp", choices=("off", "bf16"), default="off", help="products in bfloat16, sums in float32")
+    group.add_argument("--threads", type=positive_int, metavar="N", help="of the CPU; torch's choice if not given")
+    group.add_argument(
+        "--tune-allocator",
+        action=BooleanOptionalAction,
+        default=True,
+        help="keep freed memory in the process (glibc)",
+    )
+    group.add_argument(
+        "--flush-denormal",
+        action=BooleanOptionalAction,
+        default=True,
+        help="numbers below 1e-38 become 0, which is faster",
+    )
+
+
+def parse_training(parser, recipes, argv=None, family=None):
+    """Parse a train script's command line.
+
+    recipes: {name: {flag: default}}, the first is the default. Defaults come from the recipe, or on --resume from the
+    run that is resumed, which must be of `family`; a flag given beats both.
+    Returns the flags, and the checkpoint to go on from or None. Errors end the program with one line and exit code 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = Parser(add_help=False)
+    first.add_argument("--recipe", choices=tuple(recipes), default=next(iter(recipes)))
+    first.add_argument("--resume")
+    first.add_argument("--runs-dir", default=parser.get_default("runs_dir"))
+    first.prog = parser.prog
+    early, _ = first.parse_known_args(argv)
+    parser.add_argument("--recipe", choices=tuple(recipes), default=early.recipe, help="published set of defaults")
+    parser.set_defaults(**recipes[early.recipe])
+    args = parser.parse_args(argv)
+    resumed = None
+    if args.resume is not None:
+        args, resumed = _resumed(parser, argv, early, args, family)
+    elif args.schedule is None:
+        args.schedule = "step" if args.decay != 1 else recipes[args.recipe].get("schedule", "constant")
+    if args.decay != 1 and args.schedule != "step":
+        parser.error(f"--decay goes with --schedule step, got --schedule {args.schedule}")
+    args.argv = list(argv)
+    return args, resumed
+
+
+def _resumed(parser, argv, early, args, family):
+    folder = resumed_folder(early.resume, early.runs_dir)
+    resumed = checkpoint.load(folder.last)
+    checkpoint.expect_family(resumed, folder.last, [family])
+    saved = resumed["args"]
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), _Absent))))
+    given = {flag: value for flag, value in given.items() if value is not _Absent}
+    free = set(MAY_CHANGE) | set(LOCATORS)
+    if saved["schedule"] == "onecycle":
+        free.discard("epochs")
+    for flag, value in given.items():
+        if flag not in free and value != saved.get(flag):
+            allowed = ", ".join(f"--{name.replace('_', '-')}" for name in MAY_CHANGE if name in free)
+            parser.error(
+                f"--{flag.replace('_', '-')} {value} differs from the resumed run's {saved.get(flag)}: "
+                f"only {allowed} may"
+            )
+    place = {"name": folder.path.name, "runs_dir": str(folder.path.parent), "resume": early.resume}
+    return argparse.Namespace(**{**vars(args), **saved, **given, **place}), resumed
+
+
+class _Absent:
+    """Stands for a flag that the command line does not give."""
+
+
+def resumed_folder(run, runs_dir):
+    """The RunFolder of a run's name or path. Raises UserError when it holds no last.pt."""
+    for path in (os.path.join(runs_dir, run), run):
+        if os.path.isfile(os.path.join(path, "last.pt")):
+            return RunFolder(path)
+    raise UserError(f"--resume {run}: expected a run folder with last.pt, found none at {run} nor in {runs_dir}")
+
+
+def load_corpus(args):
+    """The corpus that --data, --vocab and --vocab-size name. Raises CorpusError."""
+    return Corpus.load(find_corpus(args.data), args.vocab, args.vocab_size, notice=report.say)
+
+
+def run(main):
+    """Call a script's main; what the user did wrong ends with one line and exit code 2, bugs keep their traceback."""
+    prog = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except (UserError, CorpusError, ModelError) as error:
+        sys.exit(_fail(prog, error, 2))
+    except TrainingError as error:
+        sys.exit(_fail(prog, error, 1))
+    except torch.OutOfMemoryError as error:
+        first = str(error).split(". ", 1)[0]
+        sys.exit(_fail(prog, f"{first}; use a smaller --batch-size or --bptt", 2))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_fail(prog, f"cannot write: {error.strerror}{where}; free some space; files are as they were", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail(prog, "interrupted", 130))
+
+
+def _fail(prog, error, code):
+    print(f"{prog}: error: {error}", file=sys.stderr)
+    return code

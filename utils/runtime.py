@@ -1,0 +1,114 @@
+"""Device, threads, allocator, mixed precision, clocks: what depends on the machine and not on the model."""
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+import time
+
+import torch
+
+from . import UserError
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's <malloc.h>
+
+
+def setup(args):
+    """Apply --cuda, --threads, --tune-allocator, --flush-denormal. Returns the device and a line that says what holds.
+
+    Call it before the first large tensor. Raises UserError for --cuda without a GPU.
+    """
+    if args.cuda and not torch.cuda.is_available():
+        raise UserError(
+            f"--cuda: torch {torch.__version__} sees no GPU; run without --cuda, "
+            f"or install a torch built for CUDA and its driver"
+        )
+    device = torch.device("cuda" if args.cuda else "cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    kept = args.tune_allocator and keep_memory()
+    # Threads that OpenMP starts later inherit the flag from this one.
+    flushed = torch.set_flush_denormal(args.flush_denormal) and args.flush_denormal
+    settings = [
+        f"device {describe(device)}",
+        f"threads {torch.get_num_threads()}",
+        f"allocator {'tuned' if kept else 'default'}",
+        f"denormals {'flushed' if flushed else 'kept'}",
+        f"amp {args.amp}",
+    ]
+    if torch.cuda.is_available() and not args.cuda:
+        settings.append("a GPU is there: run with --cuda to use it")
+    return device, " | ".join(settings)
+
+
+def keep_memory():
+    """Keep freed memory in the process: glibc returns large blocks after each batch and pays page faults for the next.
+
+    Returns whether it was done (False where the C library is not glibc).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20))
+    done = [mallopt(option, value) == 1 for option, value in settings]
+    return all(done)
+
+
+def describe(device):
+    """The processor's or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        if names:
+            return f"cpu ({names[0]})"
+    return f"cpu ({platform.processor() or platform.machine()})"
+
+
+def autocast(device, amp):
+    """Mixed precision for a `with`: amp "bf16" computes products in bfloat16, "off" changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def peak_memory(device):
+    """Most memory used so far in MiB: of the GPU's allocator, or resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def rng_state():
+    """The state of torch's random number generators, plain tensors."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_rng_state(state):
+    """Put back what rng_state returned; GPUs that are not there any more are passed over."""
+    torch.set_rng_state(state["cpu"])
+    for index, gpu_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(gpu_state, index)
+
+
+class Clock:
+    """Marks in time that cost no synchronization on a GPU: CUDA events there, seconds elsewhere."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def mark(self):
+        """Now, or when the GPU comes to this point of its stream."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start, end):
+        """Between two marks; on a GPU it waits for `end`."""
+        if not self.cuda:
+            return (end - start) * 1000
+        end.synchronize()
+        return start.elapsed_time(end)

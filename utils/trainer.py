@@ -1,0 +1,404 @@
+"""The training loop, the only one."""
+
+import math
+import signal
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.batching import columns, num_windows, windows
+from models import build
+
+from . import TrainingError, UserError, checkpoint, optim, report, runtime
+from .evaluation import detach, evaluate, perplexity
+from .report import RULE, RunFolder
+
+SUMS = ("loss", "count", "epoch_loss", "epoch_count", "bad_step", "bad_norm")
+"""Kept on the device: loss and targets since the last log line and in this epoch; first non-finite batch and norm."""
+
+DECISIVE = ("optimizer", "lr", "momentum", "schedule", "clip", "wdecay", "epochs", "batch_size", "bptt", "dropout")
+DECISIVE += ("tied", "seed", "vocab", "vocab_size", "eval_batch", "amp")
+
+
+def fit(args, corpus, config, resumed=None):
+    """Train the model that `config` describes on `corpus`, evaluate its best checkpoint, keep all in a run folder.
+
+    args: flags of utils.cli. config: for models.build. resumed: a checkpoint to go on from, as cli.parse_training
+    returns it. Returns the run record.
+
+    Raises UserError for what the user must mend, TrainingError when the loss is not finite any more.
+    """
+    device, machine = runtime.setup(args)
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            args.runs_dir, args.save, args.epochs = folder, str(Path(folder) / "model.pt"), 1
+            return _fit(args, corpus, config, resumed, device, machine)
+    return _fit(args, corpus, config, resumed, device, machine)
+
+
+def _fit(args, corpus, config, resumed, device, machine):
+    if resumed is not None and resumed["corpus"]["checksums"] != corpus.checksums:
+        raise UserError(f"--resume {args.resume}: the text of {args.data} is not what the run was trained on")
+    torch.manual_seed(args.seed)
+    model = build(config).to(device)
+    stream = columns(corpus.train, args.batch_size).to(device)
+    if resumed is None:
+        folder = RunFolder.create(args.runs_dir, args.name)
+        args.name = folder.path.name
+    else:
+        folder = RunFolder(Path(args.runs_dir) / args.name)
+    with report.closing_logs(folder):
+        run = Trainer(args, corpus, config, model, stream, folder, device)
+        folder.open_logs(resumed and resumed["position"]["log_sizes"])
+        if resumed is None:
+            folder.log(f"| {report.command(args.argv)}", "train")
+            folder.log(f"| corpus {corpus.name} | vocabulary {len(corpus.vocabulary):,} | tokens {run.tokens_line()}")
+            folder.log(f"| {' '.join(config_line(config))} | parameters {model.num_params():,}", "train")
+            folder.log(f"| recipe {args.recipe} | {recipe_line(args)}", "train")
+        else:
+            run.restore(resumed)
+            report.say(f"| resumed {folder.path} at epoch {run.epoch}, batch {run.batch}")
+        report.say(f"| {machine}")
+        report.say(f"| run folder {folder.path}")
+        return run.run()
+
+
+def config_line(config):
+    """Family and core arguments, for the log."""
+    return [config["family"], *(f"{name}={value}" for name, value in config["core"].items())]
+
+
+def recipe_line(args):
+    """The flags that decide the figures."""
+    return " ".join(f"{name}={getattr(args, name)}" for name in DECISIVE if hasattr(args, name))
+
+
+@contextmanager
+def interruptible():
+    """Ctrl-C inside the `with` asks for a stop after the current batch; a second one interrupts at once.
+
+    Yields a function that says whether it was pressed.
+    """
+    pressed = []
+
+    def handler(signum, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+        report.say("Exiting from training early; once more to stop at once")
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def training_step(model, optimizer, tokens, targets, state, args, clock):
+    """Forward, backward, clip, update on one window; args needs amp and clip.
+
+    tokens, targets (T, B). Returns the summed loss in nats and the number of targets, 0-d tensors on the device, the
+    gradient norm before clipping, the detached state after the window, and the clock's mark after the forward pass.
+    """
+    with runtime.autocast(tokens.device, args.amp):
+        loss, regularizer, count, state = model(tokens, targets, detach(state))
+    loss, count = loss.sum(), count.sum()
+    forward = clock.mark()
+    optimizer.zero_grad()
+    (loss / count + regularizer.sum()).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+    optimizer.step()
+    return loss.detach(), count, norm, detach(state), forward
+
+
+class Trainer:
+    """One run: model, optimizer, schedule, and where it stands.
+
+    epoch counts from 1; batch is the number of windows done in it; state is carried from window to window.
+    """
+
+    def __init__(self, args, corpus, config, model, stream, folder, device):
+        self.args, self.corpus, self.config, self.device = args, corpus, config, device
+        self.model, self.stream, self.folder = model, stream, folder
+        self.optimizer = optim.build_optimizer(args, model.parameters())
+        self.schedule = optim.build_schedule(args, self.optimizer)
+        self.clock = runtime.Clock(device)
+        self.batches = num_windows(stream, args.bptt)
+        self.epoch, self.batch, self.seconds = 1, 0, 0.0
+        self.state = model.initial_state(args.batch_size)
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        self.timing = {"ms": 0.0, "forward_ms": 0.0, "batches": 0}
+        self.history = self.shown = {"epochs": [], "points": []}
+        self.best = None
+        self.status = "running"
+        limit = 2 * args.eval_batch * args.bptt + 1 if args.dry_run else None
+        self.valid, self.test = corpus.valid[:limit], corpus.test[:limit]
+
+    def run(self):
+        """Train until the epochs, the minutes or the user's patience are over; then evaluate the best checkpoint."""
+        self.started = time.monotonic() - self.seconds
+        self.first = (self.epoch - 1) * self.batches + self.batch
+        self.began = time.monotonic()
+        with interruptible() as interrupted:
+            while self.epoch <= self.args.epochs and self.status == "running":
+                self.train_epoch(interrupted)
+                self.end_epoch()
+                if self.status == "running" and interrupted():
+                    self.status = "interrupted"
+        return self.finish()
+
+    def train_epoch(self, interrupted):
+        """The windows of the epoch that are left; sets status when it has to stop before the end."""
+        args, model = self.args, self.model
+        model.train()
+        marks = [self.clock.mark()]
+        bar = tqdm(total=self.batches, initial=self.batch, desc=f"epoch {self.epoch}", leave=False, disable=None)
+        with bar:
+            for tokens, targets in windows(self.stream, args.bptt, self.batch):
+                self.schedule.start_batch(self.epoch, self.progress())
+                start = self.clock.mark()
+                loss, count, norm, self.state, forward = training_step(
+                    model, self.optimizer, tokens, targets, self.state, args, self.clock
+                )
+                self.batch += 1
+                self.add(loss, count, norm)
+                marks.append((start, forward))
+                bar.update()
+                if self.device.type == "cpu":
+                    self.check_finite()
+                if self.batch % args.log_interval == 0:
+                    marks = self.log_line(marks)
+                if args.checkpoint_every and self.batch % args.checkpoint_every == 0 and self.batch < self.batches:
+                    self.save(self.folder.last)
+                self.status = self.stop_reason(interrupted)
+                if self.status != "running":
+                    break
+        self.account(marks)
+        self.check_finite()
+
+    def progress(self):
+        """The part of all epochs that is done, 0 to 1."""
+        return min(1.0, ((self.epoch - 1) * self.batches + self.batch) / (self.args.epochs * self.batches))
+
+    def add(self, loss, count, norm):
+        """Add one batch to the sums, without waiting for the device."""
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        first_bad = ~finite & (self.sums[4] == 0)
+        step = (self.epoch - 1) * self.batches + self.batch
+        loss, count = loss.double(), count.double()
+        self.sums[:4] += torch.stack([loss, count, loss, count])
+        self.sums[4:] += torch.where(first_bad, torch.stack([torch.full_like(loss, step), norm.double()]), 0.0)
+
+    def check_finite(self):
+        """Raises TrainingError when a loss or gradient norm so far was not finite."""
+        step = int(self.sums[4])
+        if step:
+            raise TrainingError(
+                f"the loss or its gradient is not finite at step {step} (epoch {self.epoch}): "
+                f"lr {self.optimizer.param_groups[0]['lr']:g}, gradient norm {self.sums[5].item():g}; "
+                f"use a smaller --lr or --clip; the last good checkpoint, if any, is in {self.folder.path}"
+            )
+
+    def stop_reason(self, interrupted):
+        """Why training should stop after this batch, or "running"."""
+        self.seconds = time.monotonic() - self.started
+        if interrupted():
+            return "interrupted"
+        if self.args.max_minutes and self.seconds > self.args.max_minutes * 60:
+            return "max-minutes"
+        return "dry-run" if self.args.dry_run else "running"
+
+    def account(self, marks):
+        """Add the time of batches to the epoch's; returns (ms, forward ms) of them. marks: a mark, then pairs."""
+        begin, *pairs = marks
+        elapsed = self.clock.milliseconds(begin, self.clock.mark())
+        forward = sum(self.clock.milliseconds(start, end) for start, end in pairs)
+        self.timing["ms"] += elapsed
+        self.timing["forward_ms"] += forward
+        self.timing["batches"] += len(pairs)
+        return elapsed, forward
+
+    def log_line(self, marks):
+        """Print where training stands; starts the sums and marks anew."""
+        elapsed, forward = self.account(marks)
+        self.check_finite()
+        timed = len(marks) - 1
+        loss = (self.sums[0] / self.sums[1]).item()
+        lr = self.optimizer.param_groups[0]["lr"]
+        done = (self.epoch - 1) * self.batches + self.batch
+        left = (time.monotonic() - self.began) / (done - self.first) * (self.args.epochs * self.batches - done)
+        if self.args.max_minutes:
+            left = min(left, max(0.0, self.args.max_minutes * 60 - self.seconds))
+        self.folder.log(
+            f"| epoch {self.epoch:3d} | {self.batch:5d}/{self.batches:5d} batches | lr {report.rate(lr)} | "
+            f"ms/batch {elapsed / timed:5.2f} | forward ms/batch {forward / timed:5.2f} | "
+            f"loss {loss:5.2f} | ppl {perplexity(loss):8.2f} | eta {report.duration(left)}",
+            "train",
+        )
+        self.history["points"].append([self.epoch - 1 + self.batch / self.batches, perplexity(loss), lr])
+        self.sums[:2] = 0
+        return [self.clock.mark()]
+
+    def end_epoch(self):
+        """Evaluate, log, save. A part of an epoch is evaluated too, but does not move schedule or position."""
+        start = time.monotonic()
+        lr = self.optimizer.param_groups[0]["lr"]
+        partial = self.status != "running" and self.batch < self.batches
+        label = f"epoch {self.epoch} valid"
+        score = evaluate(self.model, self.valid, self.args.eval_batch, self.args.amp, label)
+        self.seconds = time.monotonic() - self.started
+        entry = self.entry(score, lr, partial, time.monotonic() - start)
+        self.folder.log(RULE)
+        self.folder.log(
+            f"| end of epoch {self.epoch:3d} | time: {entry['seconds']:5.2f}s | valid loss {score.loss:5.2f} | "
+            f"valid ppl {score.perplexity:8.2f} | eval batch {score.batch_size}"
+            + (f" | {self.status} after {self.batch} batches" if partial else ""),
+            "train",
+            "test",
+        )
+        self.folder.log(RULE)
+        improved = self.best is None or score.loss < self.best["valid_loss"]
+        if improved:
+            self.best = {"epoch": self.epoch, "valid_loss": score.loss, "valid_batch": score.batch_size}
+        if not partial:
+            self.history["epochs"].append(entry)
+            self.schedule.end_epoch(score.loss)
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.state = self.model.initial_state(self.args.batch_size)
+            self.sums.zero_()
+            self.timing = dict.fromkeys(self.timing, 0)
+        if improved:
+            self.save(self.folder.best)
+            self.save(self.args.save)
+        self.save(self.folder.last)
+        self.shown = {**self.history, "epochs": [*self.history["epochs"], *([entry] if partial else [])]}
+        self.folder.write(self.record(), self.shown)
+
+    def entry(self, score, lr, partial, valid_seconds):
+        """One epoch for history and metrics.csv, plain values."""
+        loss, count = (self.sums[2:4]).tolist()
+        batches = max(1, self.timing["batches"])
+        seconds = self.timing["ms"] / 1000
+        return {
+            "epoch": self.epoch,
+            "partial": partial,
+            "part": self.batch / self.batches,
+            "batches": self.batch,
+            "lr": lr,
+            "train_loss": loss / count,
+            "train_ppl": perplexity(loss / count),
+            "valid_loss": score.loss,
+            "valid_ppl": score.perplexity,
+            "valid_batch": score.batch_size,
+            "seconds": seconds + valid_seconds,
+            "ms_per_batch": self.timing["ms"] / batches,
+            "forward_ms_per_batch": self.timing["forward_ms"] / batches,
+            "tokens_per_second": count / self.batch * self.timing["batches"] / seconds,
+            "peak_memory_mib": runtime.peak_memory(self.device),
+        }
+
+    def finish(self):
+        """Valid and test perplexity of the best checkpoint at batch size 1, into the logs and the run record."""
+        best = checkpoint.load(self.folder.best)
+        checkpoint.load_weights(self.model, best, self.folder.best)
+        epoch = self.best["epoch"]
+        valid, test = (
+            evaluate(self.model, ids, 1, self.args.amp, f"best epoch {epoch} {name}, batch 1")
+            for name, ids in (("valid", self.valid), ("test", self.test))
+        )
+        self.folder.log("=" * 89)
+        self.folder.log(
+            f"| best epoch {epoch:3d} ({self.folder.best.name}) | valid loss {valid.loss:5.2f} | "
+            f"valid ppl {valid.perplexity:8.2f} | eval batch 1",
+            "test",
+        )
+        self.folder.log(f"| End of training | test loss {test.loss:5.2f} | test ppl {test.perplexity:8.2f}", "test")
+        self.folder.log("=" * 89)
+        self.status = "finished" if self.status == "running" else self.status
+        name = self.folder.best.name
+        results = {"valid": report.score_record(valid, name, epoch), "test": report.score_record(test, name, epoch)}
+        record = {**self.record(), "results": results}
+        report.write_record(self.folder.path / "run.json", record)
+        curves = self.folder.path / "curves.png"
+        saved = "nothing kept (dry run)" if self.args.dry_run else f"checkpoint {self.args.save} | curves {curves}"
+        report.say(f"| {saved}")
+        return record
+
+    def record(self):
+        """The run record so far; finish adds the results."""
+        epochs = self.shown["epochs"]
+        flags = {name: value for name, value in vars(self.args).items() if name != "argv"}
+        return {
+            "kind": "training",
+            "name": self.folder.path.name,
+            "status": self.status,
+            "command": report.command(self.args.argv),
+            "config": flags,
+            "model": {**self.config, "parameters": self.model.num_params()},
+            "corpus": report.corpus_record(self.corpus),
+            "environment": report.environment(self.device, self.args.amp),
+            "epochs": len(epochs),
+            "minutes": self.seconds / 60,
+            "ms_per_batch": _median(epochs, "ms_per_batch"),
+            "forward_ms_per_batch": _median(epochs, "forward_ms_per_batch"),
+            "tokens_per_second": _median(epochs, "tokens_per_second"),
+            "peak_memory_mib": runtime.peak_memory(self.device),
+            "history": self.shown,
+            "results": {},
+        }
+
+    def tokens_line(self):
+        """Tokens of the splits, for the log."""
+        return " / ".join(f"{len(getattr(self.corpus, split)):,}" for split in self.corpus.checksums)
+
+    def save(self, path):
+        """Write a checkpoint of where training stands, unless that is not finite any more."""
+        self.check_finite()
+        corpus = self.corpus
+        checkpoint.save(
+            path,
+            {
+                "config": self.config,
+                "vocabulary": {"words": corpus.vocabulary.words, "counts": corpus.vocabulary.counts},
+                "weights": self.model.state_dict(),
+                "args": {name: value for name, value in vars(self.args).items() if name != "argv"},
+                "corpus": {"name": corpus.name, "checksums": corpus.checksums, "options": corpus.options},
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "rng": runtime.rng_state(),
+                "position": {
+                    "epoch": self.epoch,
+                    "batch": self.batch,
+                    "seconds": self.seconds,
+                    "state": self.state,
+                    "sums": self.sums,
+                    "timing": self.timing,
+                    "log_sizes": self.folder.log_sizes(),
+                },
+                "history": self.history,
+                "best": self.best,
+            },
+        )
+
+    def restore(self, saved):
+        """Go on from a checkpoint that `save` wrote."""
+        checkpoint.load_weights(self.model, saved, self.folder.last)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        position = saved["position"]
+        self.epoch, self.batch, self.seconds = position["epoch"], position["batch"], position["seconds"]
+        self.state = tuple(part.to(self.device) for part in position["state"])
+        self.sums = position["sums"].to(self.device)
+        self.timing, self.best = position["timing"], saved["best"]
+        self.history = self.shown = saved["history"]
+        runtime.set_rng_state(saved["rng"])
+
+
+def _median(epochs, key):
+    """Median of one figure over epochs, None without any."""
+    values = sorted(epoch[key] for epoch in epochs)
+    return values[len(values) // 2] if values else None
