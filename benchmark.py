@@ -1,6 +1,5 @@
 """Tables from run records, and the speed of training steps."""
 
-import shutil
 import statistics
 from pathlib import Path
 
@@ -65,20 +64,28 @@ def table_text(records):
 
 
 def table(args):
-    """Copy the run records given to results/NAME/ and render all that are there into results/NAME.md."""
+    """Copy the run records given to results/NAME/ and render all that are there between markers in results/NAME.md."""
     folder = args.results / args.name
-    folder.mkdir(parents=True, exist_ok=True)
+    records = {path.stem: report.read_record(path) for path in sorted(folder.glob("*.json"))}
+    added = {}
     for run in map(Path, args.runs):
         path = run / "run.json" if run.is_dir() else run
         record = report.read_record(path)
         if not record["results"]:
             raise UserError(f"{path} has no results: the run has not ended (status {record['status']})")
-        shutil.copyfile(path, folder / f"{record['name']}.json")
-    records = [report.read_record(path) for path in sorted(folder.glob("*.json"))]
+        added[record["name"]] = record
+    records |= added
     if not records:
         raise UserError(f"{folder} holds no run records: name run folders, python benchmark.py table {args.name} RUN")
-    report.replace_between(args.results / f"{args.name}.md", args.name, table_text(records))
-    report.say(f"| {len(records)} rows in {args.results / args.name}.md")
+    text = table_text(records.values())
+    page = args.results / f"{args.name}.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not page.exists():
+        page.write_text(f"# {args.name}\n\n<!-- {args.name} -->\n<!-- /{args.name} -->\n", encoding="utf-8")
+    report.replace_between(page, args.name, text)
+    for name, record in added.items():
+        report.write_record(folder / f"{name}.json", record)
+    report.say(f"| {len(records)} rows in {page}")
 
 
 class Candidate:

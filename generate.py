@@ -2,7 +2,6 @@
 
 import io
 import sys
-from contextlib import nullcontext
 
 import torch
 
@@ -20,9 +19,9 @@ def restrict(log_probs, top_k=None, top_p=None):
     al. 2020); the likeliest word is always kept. With both, top_k comes first and top_p looks at what it left.
     """
     if top_k is not None and top_k < log_probs.shape[-1]:
-        threshold = log_probs.topk(top_k, dim=-1).values[:, -1:]
-        log_probs = log_probs.masked_fill(log_probs < threshold, -torch.inf)
-    if top_p is not None:
+        likeliest = log_probs.topk(top_k, dim=-1)
+        log_probs = torch.full_like(log_probs, -torch.inf).scatter(-1, likeliest.indices, likeliest.values)
+    if top_p is not None and top_p < 1:
         ordered, index = log_probs.sort(dim=-1, descending=True)
         probs = ordered.softmax(-1)
         beyond = probs.cumsum(-1) - probs >= top_p
@@ -107,11 +106,15 @@ def main(argv=None):
         text = sample(model, ids, args.words, args.samples, args.temperature, args.top_k, args.top_p, banned, progress)
     buffer = io.StringIO()
     write_text(buffer, vocabulary, text)
-    opened = nullcontext(sys.stdout) if to_screen else atomic_write(args.outf, "w", encoding="utf-8")
-    with opened as file:
-        file.write(buffer.getvalue())
-    if not to_screen:
-        print(f"| {args.words * args.samples} words in {args.outf}")
+    if to_screen:
+        sys.stdout.write(buffer.getvalue())
+        return
+    try:
+        with atomic_write(args.outf, "w", encoding="utf-8") as file:
+            file.write(buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write --outf {args.outf}: {error.strerror}; choose another file") from None
+    print(f"| {args.words * args.samples} words in {args.outf}")
 
 
 if __name__ == "__main__":

@@ -230,13 +230,19 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
 
 
+def _checksum(payload):
+    """Four bytes after the pickle, which its reader does not look at."""
+    return zlib.crc32(payload).to_bytes(4, "little")
+
+
 def _write_cache(path, key, content, notice):
     words, counts, splits = content
     arrays = {split: bytearray(array.astype("<i4").tobytes()) for split, array in splits.items()}
-    checks = {split: zlib.crc32(array) for split, array in arrays.items()}
+    payload = pickle.dumps({"key": key, "words": words, "counts": counts, "ids": arrays}, 5)
     try:
         with atomic_write(path) as file:
-            pickle.dump({"key": key, "words": words, "counts": counts, "ids": arrays, "crc32": checks}, file, 5)
+            file.write(payload)
+            file.write(_checksum(payload))
     except OSError as error:
         notice(f"{path} can't be written ({error.strerror}): the corpus will be tokenized again next time")
 
@@ -248,12 +254,12 @@ def _read_cache(path, key, notice):
     except OSError:
         return None
     try:
+        if payload[-4:] != _checksum(memoryview(payload)[:-4]):
+            raise ValueError("checksum mismatch")
         content = _PlainUnpickler(io.BytesIO(payload)).load()
         if content["key"] != key:
             notice(f"{path} is stale: the text or the vocabulary options have changed; rebuilding it")
             return None
-        if any(zlib.crc32(content["ids"][split]) != content["crc32"][split] for split in SPLITS):
-            raise ValueError("checksum mismatch")
         splits = {split: np.frombuffer(content["ids"][split], "<i4") for split in SPLITS}
         return content["words"], content["counts"], splits
     except Exception as error:  # a damaged pickle can raise almost anything

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train_rnn
+from utils import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +69,40 @@ def tiny_run(tiny_corpus, tmp_path_factory):
 def tiny_checkpoint(tiny_run):
     """A checkpoint of tiny_run; do not change it."""
     return tiny_run / "model.pt"
+
+
+@pytest.fixture
+def train(tiny_corpus, tmp_path):
+    """train(*FLAGS): train_rnn.py in this process on tiny_corpus at a small size, all files under tmp_path."""
+
+    def run(*flags):
+        places = [
+            "--data",
+            str(tiny_corpus),
+            "--runs-dir",
+            str(tmp_path / "runs"),
+            "--save",
+            str(tmp_path / "model.pt"),
+        ]
+        return train_rnn.main([*places, *TINY, *flags])
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch):
+    """fails(MAIN, *ARGV): what a script's main says when it ends with exit code 2 and one line on standard error."""
+
+    def call(main, *argv, code=2):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(main)
+        error = capsys.readouterr().err
+        assert exit_info.value.code == code
+        assert error.count("\n") == 1 and error.startswith(("script.py: error: ", "script.py speed: error: ")), error
+        return error
+
+    return call
 
 
 @pytest.fixture

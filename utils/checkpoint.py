@@ -53,13 +53,19 @@ def load(path):
             f"{path} is refused: a checkpoint holds tensors and plain data only, this file holds other objects "
             f"or is damaged ({reason})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n", 1)[0]
+    except Exception as error:  # a damaged file can raise almost anything
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         raise UserError(f"{path} is damaged or no checkpoint ({reason}): expected a file that training saved") from None
     if not isinstance(checkpoint, dict) or not {"format", "config", "vocabulary", "weights"} <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of recurrent-lm: expected one that its train scripts wrote")
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {checkpoint['format']}, this version reads {FORMAT}")
+    words, counts = (checkpoint["vocabulary"].get(key, ()) for key in ("words", "counts"))
+    if not len(words) == len(counts) == checkpoint["config"].get("vocab_size"):
+        raise UserError(
+            f"{path} has {len(words)} words and {len(counts)} counts for a model of "
+            f"{checkpoint['config'].get('vocab_size')} words: its parts do not belong together"
+        )
     return checkpoint
 
 
@@ -70,7 +76,10 @@ def load_model(path, device, families=tuple(CORES)):
     """
     checkpoint = load(path)
     expect_family(checkpoint, path, families)
-    model = build(checkpoint["config"])
+    try:
+        model = build(checkpoint["config"])
+    except TypeError as error:
+        raise UserError(f"{path} describes a model that this version does not know ({error})") from None
     load_weights(model, checkpoint, path)
     return model.to(device).eval(), Vocabulary(**checkpoint["vocabulary"]), checkpoint
 

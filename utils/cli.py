@@ -107,7 +107,9 @@ def add_training(parser):
     group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="columns of text")
     group.add_argument("--bptt", type=positive_int, default=100, metavar="T", help="steps of each window")
     group.add_argument(
-        "--schedule", choices=tuple(optim.SCHEDULES), help="of the learning rate; step where --decay is given"
+        "--schedule",
+        choices=tuple(optim.SCHEDULES),
+        help="of the rate; if not given step with --decay, else the recipe's",
     )
     group.add_argument("--plateau-factor", type=number(float, 0, 0.999, True), default=0.5, help="rate times this ...")
     group.add_argument("--plateau-patience", type=number(int, 0), default=5, help="... after more bad epochs than this")
@@ -176,7 +178,7 @@ def parse_training(parser, recipes, argv=None, family=None):
     first.prog = parser.prog
     early, _ = first.parse_known_args(argv)
     parser.add_argument("--recipe", choices=tuple(recipes), default=early.recipe, help="published set of defaults")
-    parser.set_defaults(**recipes[early.recipe])
+    parser.set_defaults(**{**recipes[early.recipe], "schedule": None})
     args = parser.parse_args(argv)
     resumed = None
     if args.resume is not None:

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -76,13 +77,12 @@ class RunFolder:
         Raises UserError when the name is taken or the folder can't be made.
         """
         path = Path(runs_dir) / (name or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        while name is None and path.exists():
+            path = path.with_name(path.name + "_")
+        if path.exists():
+            raise UserError(f"{path} is taken: choose another --name, or go on with it: --resume {name}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            while name is None and path.exists():
-                path = path.with_name(path.name + "_")
-            path.mkdir()
-        except FileExistsError:
-            raise UserError(f"{path} is taken: choose another --name, or go on with it: --resume {name}") from None
+            path.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"cannot make the run folder {path}: {error.strerror}; choose another --runs-dir") from None
         return cls(path)
@@ -226,24 +226,20 @@ def draw_curves(path, history, title):
     top.plot(ends, [e["train_ppl"] for e in epochs], "s--", color="0.4", ms=4, label="train (epoch)")
     valid = [e["valid_ppl"] for e in epochs]
     top.plot(ends, valid, "o-", color="C0", ms=5, label=f"valid (batch {epochs[0]['valid_batch']})")
-    lowest = min(range(len(valid)), key=valid.__getitem__)
-    top.annotate(
-        f"{valid[lowest]:.2f}",
-        (ends[lowest], valid[lowest]),
-        textcoords="offset points",
-        xytext=(0, -14),
-        ha="center",
-        color="C0",
-    )
     top.set(yscale="log", ylabel="perplexity", title=title)
-    shown = sorted(valid + [e["train_ppl"] for e in epochs])
-    highest = max([shown[-1], *(p[1] for p in points[len(points) // 10 :])])
-    top.set_ylim(shown[0] * 0.75, highest * 1.15)
+    shown = [*valid, *(e["train_ppl"] for e in epochs), *(p[1] for p in points[len(points) // 10 :])]
+    shown = [value for value in shown if math.isfinite(value)]
+    if shown:
+        top.set_ylim(min(shown) * 0.75, max(shown) * 1.15)
+    lowest = min(range(len(valid)), key=valid.__getitem__)
+    if math.isfinite(valid[lowest]):
+        place = {"textcoords": "offset points", "xytext": (0, -14), "ha": "center"}
+        top.annotate(f"{valid[lowest]:.2f}", (ends[lowest], valid[lowest]), color="C0", **place)
     top.yaxis.set_major_formatter("{x:g}")
     top.yaxis.set_minor_formatter("{x:g}")
     top.tick_params(axis="y", which="minor", labelsize=7)
     top.grid(which="both", color="0.92")
-    top.legend()
+    top.legend(loc="upper right")
     rates = [(p[0], p[2]) for p in points] or [(end, e["lr"]) for end, e in zip(ends, epochs, strict=True)]
     bottom.plot([x for x, _ in rates], [lr for _, lr in rates], color="C1", drawstyle="steps-post")
     bottom.set(xlabel="epoch", ylabel="learning rate", xlim=(0, None))

@@ -105,7 +105,7 @@ def training_step(model, optimizer, tokens, targets, state, args, clock):
     gradient norm before clipping, the detached state after the window, and the clock's mark after the forward pass.
     """
     with runtime.autocast(tokens.device, args.amp):
-        loss, regularizer, count, state = model(tokens, targets, detach(state))
+        loss, regularizer, count, state = model(tokens, targets, state)
     loss, count = loss.sum(), count.sum()
     forward = clock.mark()
     optimizer.zero_grad()

@@ -1,0 +1,152 @@
+"""Columns, BPTT windows and columns for evaluation: nothing of the stream is lost, doubled or out of order."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.batching import columns, num_windows, scored_columns, windows
+from data.files import CorpusError
+
+ALPHABET = np.array([ord(letter) for letter in "abcdefghijklmnopqrstuvwxyz"], np.int32)
+IGNORE = -7
+
+
+def column_by_column(tensors):
+    """The numbers of (T, B) tensors, one below the other, as one list that reads column after column."""
+    return torch.cat(list(tensors)).T.flatten().tolist()
+
+
+@pytest.fixture
+def stream():
+    """23 steps of 5 columns, every token different."""
+    return columns(np.arange(115, dtype=np.int32), 5)
+
+
+def test_columns_are_those_of_the_alphabet_picture():
+    """The picture of word_language_model: y and z do not fill a row and are left out."""
+    rows = ["".join(map(chr, row)) for row in columns(ALPHABET, 4).tolist()]
+    assert rows == ["agms", "bhnt", "ciou", "djpv", "ekqw", "flrx"]
+
+
+def test_columns_are_int64_that_torch_can_index_with():
+    """int32 ids of the corpus become the dtype and the memory order that an embedding reads fastest."""
+    stream = columns(ALPHABET, 3)
+    assert stream.dtype == torch.int64
+    assert stream.is_contiguous()
+
+
+def test_one_column_is_the_whole_stream():
+    """B = 1 leaves nothing out; two tokens are the shortest stream with a target."""
+    assert columns(ALPHABET, 1).tolist() == [[letter] for letter in ALPHABET.tolist()]
+    assert columns(ALPHABET[:2], 1).shape == (2, 1)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(0, 1), (1, 1), (13, 7), (5, 11)])
+def test_columns_without_a_target_are_refused(count, batch_size):
+    """Below two tokens a column there is nothing to predict: one line says what was given and what to change."""
+    with pytest.raises(CorpusError) as error:
+        columns(np.zeros(count, np.int32), batch_size)
+    assert str(error.value).startswith(f"{count} tokens can't fill {batch_size} columns")
+    assert "--batch-size" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@given(count=st.integers(2, 300), batch_size=st.integers(1, 19), bptt=st.integers(1, 41))
+def test_windows_give_back_the_stream(count, batch_size, bptt):
+    """Column by column, tokens are the stream without each column's last token, targets without its first."""
+    batch_size = min(batch_size, count // 2)
+    length = count // batch_size
+    ids = np.random.default_rng(count).permutation(count).astype(np.int32)
+    pairs = list(windows(columns(ids, batch_size), bptt))
+    starts = [b * length for b in range(batch_size)]
+    assert column_by_column(tokens for tokens, _ in pairs) == [
+        token for start in starts for token in ids[start : start + length - 1].tolist()
+    ]
+    assert column_by_column(targets for _, targets in pairs) == [
+        token for start in starts for token in ids[start + 1 : start + length].tolist()
+    ]
+
+
+@pytest.mark.parametrize("bptt", [1, 2, 3, 11, 21, 22, 23, 1000])
+def test_every_window_is_bptt_long_but_the_last(stream, bptt):
+    """22 targets a column, cut by lengths that divide 22 and that do not, and by one longer than the column."""
+    full, rest = divmod(22, bptt)
+    lengths = [bptt] * full + [rest] * (rest > 0)
+    shapes = [(tuple(tokens.shape), tuple(targets.shape)) for tokens, targets in windows(stream, bptt)]
+    assert shapes == [((length, 5), (length, 5)) for length in lengths]
+    assert num_windows(stream, bptt) == len(lengths)
+
+
+@pytest.mark.parametrize("bptt", [1, 3, 11, 1000])
+def test_windows_from_a_start_are_the_tail(stream, bptt):
+    """A resumed epoch sees the windows that the interrupted one would have seen, and none past the end."""
+    whole = list(windows(stream, bptt))
+    for start in range(len(whole) + 2):
+        tail = list(windows(stream, bptt, start))
+        assert len(tail) == max(0, len(whole) - start)
+        for pair, expected in zip(tail, whole[start:], strict=True):
+            assert torch.equal(torch.stack(pair), torch.stack(expected))
+
+
+SIZES = [
+    pytest.param(count, batch_size, id=f"{count}-{batch_size}")
+    for count, batch_size in [(2, 1), (3, 2), (30, 1), (30, 29), (31, 2), (30, 7), (6, 4), (12, 9), (97, 13), (98, 97)]
+]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), SIZES)
+@pytest.mark.parametrize("warmup", [0, 1, 5, 1000])
+def test_every_target_is_scored_once_after_its_own_token(count, batch_size, warmup):
+    """Token and target, column by column, are the stream's neighbours in order, word 0 included."""
+    ids = np.random.default_rng(count).permutation(count).astype(np.int32)
+    _, tokens, targets = scored_columns(ids, batch_size, warmup, IGNORE)
+    assert tokens.shape == targets.shape == (-(-(count - 1) // batch_size), batch_size)
+    assert tokens.dtype == targets.dtype == torch.int64
+    pairs = zip(column_by_column([tokens]), column_by_column([targets]), strict=True)
+    assert [pair for pair in pairs if pair[1] != IGNORE] == list(zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), SIZES)
+@pytest.mark.parametrize("warmup", [0, 1, 5, 1000])
+def test_warm_tokens_are_those_right_before_each_column(count, batch_size, warmup):
+    """At most a column's length of them, none for column 0; columns that are all padding may read anything."""
+    ids = np.random.default_rng(count).permutation(count).astype(np.int32)
+    warm, tokens, _ = scored_columns(ids, batch_size, warmup, IGNORE)
+    length = len(tokens)
+    width = min(warmup, length)
+    assert warm.shape == (width, batch_size - 1)
+    assert warm.dtype == torch.int64
+    for b in range(1, batch_size):
+        start = b * length
+        if start < count - 1:
+            assert warm[:, b - 1].tolist() == ids[start - width : start].tolist()
+
+
+def test_every_size_up_to_forty_scores_every_target_once():
+    """All N and B: the multiset of scored targets is the stream without its first token."""
+    for count in range(2, 41):
+        ids = np.arange(1, count + 1, dtype=np.int32)
+        for batch_size in range(1, count):
+            _, _, targets = scored_columns(ids, batch_size, 3, IGNORE)
+            assert column_by_column([targets])[: count - 1] == ids[1:].tolist()
+            assert (targets == IGNORE).sum() == targets.numel() - (count - 1)
+
+
+def test_columns_past_the_end_hold_nothing_but_padding():
+    """11 targets in 9 columns are 6 columns of up to two; the other three score nothing and hold valid ids."""
+    _, tokens, targets = scored_columns(np.arange(12, dtype=np.int32), 9, 5, IGNORE)
+    assert (targets != IGNORE).sum(0).tolist() == [2, 2, 2, 2, 2, 1, 0, 0, 0]
+    assert tokens.min() >= 0
+    assert tokens.max() < 12
+
+
+@pytest.mark.parametrize(("count", "batch_size", "targets"), [(0, 1, 0), (1, 1, 0), (7, 7, 6), (3, 11, 2)])
+def test_fewer_targets_than_columns_are_refused(count, batch_size, targets):
+    """One line says how many targets there are and what to change."""
+    with pytest.raises(CorpusError) as error:
+        scored_columns(np.zeros(count, np.int32), batch_size, 5, IGNORE)
+    assert str(error.value).startswith(f"{count} tokens have {targets} targets, fewer than {batch_size} columns")
+    assert "--eval-batch" in str(error.value)
+    assert "\n" not in str(error.value)

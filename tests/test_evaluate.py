@@ -1,0 +1,156 @@
+"""The script that scores: the figures of the training run again, other corpora, and texts word by word."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+
+import evaluate
+from data.corpus import EOS, UNK
+from utils import UserError, checkpoint, evaluation
+
+SPLIT = re.compile(
+    r"\| (\w+) +\| loss +(\S+) \| ppl +(\S+) \| ([\d,]+) targets \| batch (\d+)(?: \| (\d+) unknown words)?"
+)
+LINE = re.compile(r"\| line (\d+) \| (\d+) words \| (\d+) unknown \| ppl (\S+) \| (.*)")
+TOTAL = re.compile(r"\| (.+) \| (\d+) words, line ends included \| (\d+) unknown \| loss (\S+) \| ppl (\S+)")
+
+
+@pytest.fixture
+def printed(tiny_checkpoint, capsys):
+    """printed(*FLAGS): the lines that evaluate.py prints about the small model."""
+
+    def call(*flags):
+        evaluate.main(["--checkpoint", str(tiny_checkpoint), *map(str, flags)])
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def results(tiny_run):
+    """What the training run found at batch 1."""
+    return json.loads((tiny_run / "run.json").read_text())["results"]
+
+
+def test_the_figures_of_the_training_run_are_found_again(printed, results):
+    """Its corpus is the default; loss to four digits, perplexity to two, number of targets, batch size 1."""
+    rows = [SPLIT.fullmatch(line).groups() for line in printed()]
+    assert rows == [
+        (split, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", f"{score['targets']:,}", "1", None)
+        for split, score in results.items()
+    ]
+    assert [row[0] for row in rows] == ["valid", "test"]
+
+
+def test_more_columns_are_near(printed, results):
+    """Three columns score the same targets within 0.5%, and say that they are three."""
+    for line in printed("--eval-batch", 3):
+        split, _, perplexity, targets, batch, _ = SPLIT.fullmatch(line).groups()
+        want = results[split]
+        assert (batch, targets) == ("3", f"{want['targets']:,}")
+        assert math.isclose(float(perplexity), want["perplexity"], rel_tol=0.005)
+
+
+def test_another_corpus_is_read_with_the_models_vocabulary(printed, tiny_corpus, tmp_path, results):
+    """Unknown words are counted, and scored as <unk>; a corpus needs no training split for this."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    shutil.copy(tiny_corpus / "valid.txt", folder)
+    text = (tiny_corpus / "test.txt").read_text(encoding="utf-8")
+    (folder / "test.txt").write_text(f"zebra the w3 quagga\nzebra\n{text}", encoding="utf-8")
+    valid, test = (SPLIT.fullmatch(line).groups() for line in printed("--data", folder))
+    assert valid[2] == f"{results['valid']['perplexity']:.2f}" and valid[5] is None
+    assert test[3] == f"{results['test']['targets'] + 7:,}" and test[5] == "3"
+    (folder / "test.txt").write_text(f"{UNK} the w3 {UNK}\n{UNK}\n{text}", encoding="utf-8")
+    _, again = (SPLIT.fullmatch(line).groups() for line in printed("--data", folder))
+    assert again == (*test[:5], None)
+
+
+def test_bfloat16_is_near(printed, results):
+    """--amp reaches the model: not the same figures, but within 1%."""
+    rows = [SPLIT.fullmatch(line).groups() for line in printed("--amp", "bf16")]
+    assert all(math.isclose(float(row[2]), results[row[0]]["perplexity"], rel_tol=0.01) for row in rows)
+    assert [row[1] for row in rows] != [f"{score['loss']:.4f}" for score in results.values()]
+
+
+LINES = ["w3 w6 the w1", "", "w25 zebra <unk>", "quagga"]
+
+
+@pytest.fixture
+def surprise(tiny_checkpoint):
+    """-log p, in float64, of every word of LINES and their ends, in one pass that starts with <eos>."""
+    model, vocabulary, _ = checkpoint.load_model(tiny_checkpoint, torch.device("cpu"))
+    words = [word for line in LINES for word in [*line.split(), EOS]]
+    ids = torch.tensor([vocabulary.ids.get(word, vocabulary.ids[UNK]) for word in [EOS, *words]])[:, None]
+    model = model.double()
+    with torch.no_grad():
+        hidden, _ = model.hidden(ids[:-1], model.initial_state(1))
+        logits = hidden[:, 0] @ model.head.weight.T + model.head.bias
+    return (logits.exp().sum(-1).log() - logits.gather(-1, ids[1:])[:, 0]).tolist()
+
+
+@pytest.mark.parametrize("end", ("\n", ""), ids=("line end", "no line end"))
+def test_a_text_is_scored_by_line_and_word(printed, surprise, tmp_path, end):
+    """Each word with its log probability, unknown ones in brackets; each line and the whole with their perplexity."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(LINES) + end, encoding="utf-8")
+    *lines, total = printed("--text", path)
+    assert len(lines) == len(LINES)
+    left = iter(surprise)
+    for number, (line, want) in enumerate(zip(lines, LINES, strict=True), 1):
+        shown, words, unknown, perplexity, scores = LINE.fullmatch(line).groups()
+        names = [f"[{word}]" if word in ("zebra", "quagga") else word for word in [*want.split(), EOS]]
+        losses = [next(left) for _ in names]
+        assert (int(shown), int(words)) == (number, len(names))
+        assert int(unknown) == sum(name.startswith("[") for name in names)
+        assert scores.split()[::2] == names
+        assert [float(score) for score in scores.split()[1::2]] == pytest.approx([-x for x in losses], abs=0.00501)
+        assert float(perplexity) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4, abs=0.00501)
+    name, words, unknown, loss, perplexity = TOTAL.fullmatch(total).groups()
+    mean = sum(surprise) / len(surprise)
+    assert (name, int(words), int(unknown)) == (str(path), len(surprise), 2)
+    assert float(loss) == pytest.approx(mean, abs=0.0000501)
+    assert float(perplexity) == pytest.approx(math.exp(mean), rel=1e-4, abs=0.00501)
+
+
+def test_the_total_is_that_of_score_words(printed, tiny_checkpoint, tmp_path):
+    """The script prints what the library computes."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    model, vocabulary, _ = checkpoint.load_model(tiny_checkpoint, torch.device("cpu"))
+    scored = evaluation.score_words(model, vocabulary, [line.split() for line in LINES])
+    log_probs = [log_prob for line in scored for _, log_prob, _ in line]
+    loss = TOTAL.fullmatch(printed("--text", path)[-1]).group(4)
+    assert loss == f"{-sum(log_probs) / len(log_probs):.4f}"
+
+
+def test_texts_that_cannot_be_read(script, fails, tiny_checkpoint, tmp_path):
+    """Empty, missing, a folder, not UTF-8: exit code 2 and one line that names the file."""
+    path = tmp_path / "text.txt"
+    flags = ("--checkpoint", tiny_checkpoint, "--text", path)
+    done = script("evaluate.py", *flags)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and str(path) in done.stderr
+    path.write_bytes(b"")
+    assert f"{path} is empty" in fails(evaluate.main, *flags)
+    path.write_bytes("the w3\nnaïve\n".encode("latin-1"))
+    message = fails(evaluate.main, *flags)
+    assert f"{path} is not UTF-8" in message and "0xef" in message
+    assert str(tmp_path) in fails(evaluate.main, *flags[:3], tmp_path)
+
+
+def test_mistakes_are_one_line(fails, monkeypatch, tiny_checkpoint, tmp_path):
+    """No checkpoint, no corpus, half a corpus, too many columns, no GPU."""
+    flags = ("--checkpoint", tiny_checkpoint)
+    assert "missing.pt" in fails(evaluate.main, "--checkpoint", tmp_path / "missing.pt")
+    assert "no corpus folder gone" in fails(evaluate.main, *flags, "--data", "gone")
+    assert "valid.txt" in fails(evaluate.main, *flags, "--data", tmp_path)
+    assert "--eval-batch" in fails(evaluate.main, *flags, "--eval-batch", 10**6)
+    assert "--eval-batch" in fails(evaluate.main, *flags, "--eval-batch", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="sees no GPU"):
+        evaluate.main(["--checkpoint", str(tiny_checkpoint), "--cuda"])

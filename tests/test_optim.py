@@ -1,0 +1,292 @@
+"""Optimizers against their equations, schedules against torch's own and against rules written out here."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from models import RNN, LanguageModel
+from utils.optim import build_optimizer, build_schedule
+
+LR = 0.7
+ADAM, SGD, MOMENTUM = {"optimizer": "adam"}, {"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9}
+
+
+@pytest.fixture
+def flags():
+    """flags(**CHANGES): the flags that optimizers and schedules read."""
+
+    def make(**changes):
+        plateau = {"plateau_factor": 0.25, "plateau_patience": 0, "plateau_threshold": 0.0}
+        defaults = {"optimizer": "sgd", "lr": LR, "momentum": 0.0, "wdecay": 0.0, "decay": 1.0, "decay_from": 1}
+        return SimpleNamespace(**{**defaults, **plateau, **changes})
+
+    return make
+
+
+@pytest.fixture
+def start(flags):
+    """start(SCHEDULE, **CHANGES): a schedule and the optimizer it steers, over two groups of parameters."""
+
+    def make(schedule, **changes):
+        args = flags(schedule=schedule, **changes)
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(size))]} for size in (3, 5)]
+        optimizer = build_optimizer(args, groups)
+        return build_schedule(args, optimizer), optimizer
+
+    return make
+
+
+@pytest.fixture
+def parameters():
+    """Two float64 parameters, filled the same each time it is called."""
+
+    def make():
+        generator = torch.Generator().manual_seed(17)
+        shapes = ((3, 5), (7,))
+        return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes]
+
+    return make
+
+
+@pytest.fixture
+def updates(parameters):
+    """updates(OPTIMIZER, PARAMETERS): five steps with given gradients; yields the gradients before each step."""
+
+    def run(optimizer, own):
+        generator = torch.Generator().manual_seed(19)
+        for _ in range(5):
+            for parameter in own:
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            yield [parameter.grad.clone() for parameter in own]
+            optimizer.step()
+
+    return run
+
+
+def rates(optimizer):
+    """The rate, which all groups share."""
+    (rate,) = {group["lr"] for group in optimizer.param_groups}
+    return rate
+
+
+def momenta(optimizer):
+    """SGD's momentum or Adam's first beta, which all groups share."""
+    (momentum,) = {group["betas"][0] if "betas" in group else group["momentum"] for group in optimizer.param_groups}
+    return momentum
+
+
+@pytest.mark.parametrize(("momentum", "wdecay"), [(0.0, 0.0), (0.0, 0.3), (0.9, 0.0), (0.9, 0.3)])
+def test_sgd_is_its_equation(flags, parameters, updates, momentum, wdecay):
+    """v = momentum v + g + wdecay p, p = p - lr v."""
+    own = parameters()
+    values = [parameter.detach().clone() for parameter in own]
+    velocities = [torch.zeros_like(value) for value in values]
+    for gradients in updates(build_optimizer(flags(momentum=momentum, wdecay=wdecay), own), own):
+        velocities = [momentum * v + g + wdecay * p for v, g, p in zip(velocities, gradients, values, strict=True)]
+        values = [p - LR * v for p, v in zip(values, velocities, strict=True)]
+    for parameter, value in zip(own, values, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wdecay", [0.0, 0.3])
+def test_adam_is_its_equation(flags, parameters, updates, wdecay):
+    """Kingma & Ba's algorithm 1 with torch's default betas and epsilon; decay is part of the gradient, as in Adam."""
+    own = parameters()
+    values = [parameter.detach().clone() for parameter in own]
+    first, second = ([torch.zeros_like(value) for value in values] for _ in range(2))
+    for step, gradients in enumerate(updates(build_optimizer(flags(optimizer="adam", wdecay=wdecay), own), own), 1):
+        for i, gradient in enumerate(gradients):
+            gradient = gradient + wdecay * values[i]
+            first[i] = 0.9 * first[i] + 0.1 * gradient
+            second[i] = 0.999 * second[i] + 0.001 * gradient**2
+            root = (second[i] / (1 - 0.999**step)).sqrt()
+            values[i] = values[i] - LR * first[i] / (1 - 0.9**step) / (root + 1e-8)
+    for parameter, value in zip(own, values, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wdecay", [0.0, 0.3])
+def test_adam_equals_torch_adam(flags, parameters, updates, wdecay):
+    """Bit for bit torch.optim.Adam(lr, weight_decay), nothing else switched on."""
+    own, other = parameters(), parameters()
+    for optimizer, group in (
+        (build_optimizer(flags(optimizer="adam", wdecay=wdecay), own), own),
+        (torch.optim.Adam(other, lr=LR, weight_decay=wdecay), other),
+    ):
+        list(updates(optimizer, group))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(own, other, strict=True))
+
+
+def test_a_tied_matrix_is_updated_once(flags):
+    """Embedding and head share one matrix: one step of SGD is one p - lr (g + wdecay p), g summed over both uses."""
+    torch.manual_seed(23)
+    model = LanguageModel(13, RNN("LSTM", 5, 5, 1), tied=True)
+    optimizer = build_optimizer(flags(wdecay=0.3), model.parameters())
+    assert sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]) == (
+        13 * 5 + 13 + 4 * 5 * (5 + 5 + 2)
+    )
+    tokens = torch.arange(7)[:, None]
+    loss, _, _, _ = model(tokens, tokens + 1, model.initial_state(1))
+    loss.sum().backward()
+    before, gradient = model.embedding.weight.detach().clone(), model.embedding.weight.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(model.embedding.weight.detach(), before - LR * (gradient + 0.3 * before))
+    assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, SGD, MOMENTUM], ids=["adam", "sgd", "momentum"])
+def test_constant_leaves_rate_and_momentum_alone(start, optimizer):
+    """Whatever the epoch, the progress and the validation loss."""
+    schedule, own = start("constant", **optimizer)
+    momentum = momenta(own)
+    for epoch, loss in enumerate((5.0, 7.0, 7.0, 3.0), 1):
+        schedule.start_batch(epoch, epoch / 4)
+        schedule.end_epoch(loss)
+        assert (rates(own), momenta(own)) == (LR, momentum)
+
+
+@pytest.mark.parametrize(("decay", "decay_from"), [(0.5, 1), (0.8, 3), (1.0, 2), (0.5, 100)])
+def test_step_equals_exponential_decay_from_an_epoch_on(start, decay, decay_from):
+    """The first decay_from epochs run at --lr, then torch's ExponentialLR takes over; no batch moves the rate."""
+    schedule, own = start("step", decay=decay, decay_from=decay_from)
+    _, other = start("constant")
+    exponential = lr_scheduler.ExponentialLR(other, decay)
+    for epoch in range(1, 12):
+        if epoch > decay_from:
+            other.step()
+            exponential.step()
+        for batch in range(3):
+            schedule.start_batch(epoch, (epoch - 1 + batch / 3) / 11)
+            assert rates(own) == pytest.approx(rates(other), rel=1e-12)
+        schedule.end_epoch(5.0)
+        assert rates(own) == pytest.approx(rates(other), rel=1e-12)
+
+
+def torch_one_cycle(optimizer, total):
+    """Rates and momenta of torch's OneCycleLR, defaults but for the number of batches."""
+    schedule = lr_scheduler.OneCycleLR(optimizer, LR, total_steps=total)
+    curve = [(rates(optimizer), momenta(optimizer))]
+    for _ in range(total - 1):
+        optimizer.step()
+        schedule.step()
+        curve.append((rates(optimizer), momenta(optimizer)))
+    return curve
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, MOMENTUM], ids=["adam", "momentum"])
+def test_one_cycle_is_the_curve_of_torch(start, optimizer):
+    """The same numbers at the same part of each phase; torch's first phase ends at batch 0.3 N - 1 of N - 1."""
+    total, peak = 211, 0.3 * 211 - 1
+    curve = torch_one_cycle(start("constant", **optimizer)[1], total)
+    schedule, own = start("onecycle", **optimizer)
+    for i, expected in enumerate(curve):
+        schedule.start_batch(1, 0.3 * i / peak if i <= peak else 0.3 + 0.7 * (i - peak) / (total - 1 - peak))
+        assert (rates(own), momenta(own)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("total", [101, 5003])
+def test_one_cycle_approaches_torch_as_batches_grow(start, total):
+    """At progress i / (N - 1) the two differ by that shift of the peak alone: less than 6 / N of the rate."""
+    curve = torch_one_cycle(start("constant", **MOMENTUM)[1], total)
+    schedule, own = start("onecycle", **MOMENTUM)
+    for i, (rate, momentum) in enumerate(curve):
+        schedule.start_batch(1, i / (total - 1))
+        assert rates(own) == pytest.approx(rate, abs=6 / total * LR)
+        assert momenta(own) == pytest.approx(momentum, abs=0.1 * 6 / total)
+
+
+def test_one_cycle_starts_peaks_and_ends_where_it_says(start):
+    """lr/25, lr, lr/250,000; momentum 0.95, 0.85, 0.95. Past the end, as rounding may have it, it stays there."""
+    schedule, own = start("onecycle", **MOMENTUM)
+    for progress, rate, momentum in ((0, 1 / 25, 0.95), (0.3, 1, 0.85), (1, 4e-6, 0.95), (1 + 1e-9, 4e-6, 0.95)):
+        schedule.start_batch(1, progress)
+        assert rates(own) == pytest.approx(LR * rate, rel=1e-9)
+        assert momenta(own) == pytest.approx(momentum, rel=1e-9)
+
+
+def test_one_cycle_gives_no_momentum_to_sgd_without(start):
+    """Plain SGD stays plain, and Adam's second beta is not touched."""
+    for progress in (0.0, 0.3, 1.0):
+        schedule, own = start("onecycle", **SGD)
+        schedule.start_batch(1, progress)
+        assert momenta(own) == 0
+        schedule, own = start("onecycle", **ADAM)
+        schedule.start_batch(1, progress)
+        assert {group["betas"][1] for group in own.param_groups} == {0.999}
+
+
+@pytest.fixture(params=range(5))
+def losses(request):
+    """Sixty losses on a coarse grid, so that many repeat the best so far, around a slowly falling mean."""
+    generator = torch.Generator().manual_seed(request.param)
+    noise = torch.randint(-4, 5, (60,), generator=generator)
+    return [5 - 0.02 * i + 0.05 * jump for i, jump in enumerate(noise.tolist())]
+
+
+def test_plateau_is_the_rule_of_word_language_model(start, losses):
+    """Factor 0.25, patience 0, threshold 0: the smallest gain counts, an equal loss is none, tiny rates fall on."""
+    schedule, own = start("plateau")
+    lr, best = LR, None
+    for loss in [loss * gain for loss in losses for gain in (1, 1 - 1e-6)]:
+        if not best or loss < best:
+            best = loss
+        else:
+            lr /= 4.0
+        schedule.start_batch(1, 0.5)
+        schedule.end_epoch(loss)
+        assert rates(own) == pytest.approx(lr, rel=1e-12)
+    assert lr < 1e-8
+
+
+def test_plateau_halves_after_more_than_five_bad_epochs(start, losses):
+    """The port's 0.5, 5, 1e-4: a gain of less than 1e-4 of the best is none; after a cut the count starts anew."""
+    sequence = [loss * (1 - 1e-5 * i) for loss in losses[::6] for i in range(17)]
+    schedule, own = start("plateau", plateau_factor=0.5, plateau_patience=5, plateau_threshold=1e-4)
+    lr, best, bad, cuts = LR, float("inf"), 0, 0
+    for loss in sequence:
+        if loss < best * (1 - 1e-4):
+            best, bad = loss, 0
+        else:
+            bad += 1
+        if bad > 5:
+            lr, bad, cuts = lr * 0.5, 0, cuts + 1
+        schedule.end_epoch(loss)
+        assert rates(own) == pytest.approx(lr, rel=1e-12)
+    assert cuts > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("constant", SGD),
+        ("plateau", {"plateau_factor": 0.5, "plateau_patience": 2, "plateau_threshold": 1e-4}),
+        ("step", {"decay": 0.8, "decay_from": 3}),
+        ("onecycle", ADAM),
+        ("onecycle", MOMENTUM),
+    ],
+)
+def test_a_schedule_goes_on_where_it_was_saved(start, losses, name, changes):
+    """Saved after epoch 23 as a file of plain values, put back into new objects: the later rates are the same."""
+
+    def run(schedule, optimizer, epochs):
+        curve = []
+        for epoch in epochs:
+            schedule.start_batch(epoch, epoch / 60)
+            curve.append((rates(optimizer), momenta(optimizer)))
+            schedule.end_epoch(losses[epoch - 1])
+        return curve
+
+    schedule, optimizer = start(name, **changes)
+    run(schedule, optimizer, range(1, 24))
+    file = io.BytesIO()
+    torch.save([schedule.state_dict(), optimizer.state_dict()], file)
+    expected = run(schedule, optimizer, range(24, 61))
+    schedule, optimizer = start(name, **changes)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    schedule.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert run(schedule, optimizer, range(24, 61)) == expected
+    assert len(set(expected)) > 3 or name == "constant"

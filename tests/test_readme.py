@@ -1,0 +1,127 @@
+"""Every command that README.md shows is run, in order, at reduced size, and its output checked."""
+
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT
+
+import benchmark
+import evaluate
+import generate
+import train_rnn
+from data import prepare, pydocs
+
+SMALL = ["--emsize=11", "--nhid=11", "--nlayers=1", "--batch-size=20", "--bptt=11", "--threads=1"]
+
+
+def commands():
+    """The lines of README.md's bash blocks, comments and line ends removed."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def check_training(argv, out):
+    """Trains with the flags shown, at a small size; perplexity is printed, a checkpoint written, updates made."""
+    resumed = "--resume" in argv
+    record = train_rnn.main([flag for flag in argv if flag != "--cuda"] + ([] if resumed else [*SMALL, "--epochs=2"]))
+    assert sum(epoch["batches"] for epoch in record["history"]["epochs"]) >= 2
+    assert record["results"]["test"]["batch_size"] == 1
+    assert re.search(r"End of training \| test loss +[\d.]+ \| test ppl +[\d.]+", out())
+
+
+def check_generate(argv, out):
+    """Writes the number of words asked for."""
+    generate.main([flag for flag in argv if flag != "--cuda"])
+    words = int(argv[argv.index("--words") + 1]) if "--words" in argv else 1000
+    printed = out()
+    with open("generated.txt") as file:
+        text = printed if "--outf" in argv else file.read()
+    assert len(text.split()) == words
+
+
+def check_evaluate(argv, out):
+    """Prints perplexities."""
+    evaluate.main(argv)
+    assert len(re.findall(r"ppl +[\d.]+", out())) >= 2
+
+
+def check_benchmark(argv, out, monkeypatch, tmp_path):
+    """A table between its markers; a speed table of small models."""
+    if argv[0] == "table":
+        name = argv[1]
+        benchmark.main([*argv, "--results", str(tmp_path)])
+        assert "| LSTM 1x11" in (tmp_path / f"{name}.md").read_text()
+    else:
+        small = " ".join(["", *SMALL])
+        candidates = {name: (module, flags + small) for name, (module, flags) in benchmark.CANDIDATES.items()}
+        monkeypatch.setattr(benchmark, "CANDIDATES", candidates)
+        benchmark.main([*argv, "--rounds", "2", "--vocab-size", "31"])
+        assert len(re.findall(r"\| LSTM", out())) >= 2
+
+
+def check_prepare(argv, out, source):
+    """Puts the corpus into data/NAME; from a folder here, since tests use no network."""
+    name = argv[0]
+    shutil.rmtree(f"data/{name}", ignore_errors=True)
+    if "--from" in argv:
+        archive = argv[argv.index("--from") + 1]
+        shutil.make_archive(archive.removesuffix(".tgz"), "gztar", source)
+        shutil.move(archive.removesuffix(".tgz") + ".tar.gz", archive)
+    else:
+        argv = [*argv, "--from", str(source)]
+    assert not prepare.main(argv)
+    assert "verified" in out()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="written for a machine without a GPU")
+def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folder, tiny_corpus):
+    """All blocks in one folder, top to bottom, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RECURRENT_LM_RUNS", raising=False)
+    shutil.copytree(corpus_folder("penn"), "data/penn", ignore=shutil.ignore_patterns("*.pkl"))
+    small_splits(tmp_path / "data" / "penn")
+    shutil.copy(ROOT / "README.md", "README.md")
+    small_splits(pydocs.ensure(tmp_path / "data" / "pydocs"))
+    run = 0
+
+    def out():
+        return capsys.readouterr().out
+
+    for line in commands():
+        program, *argv = shlex.split(line)
+        out()
+        if program == "pip":
+            assert argv == ["install", "-r", "requirements.txt"] and (ROOT / argv[2]).is_file()
+        elif argv[:2] == ["-m", "data.prepare"]:
+            check_prepare(argv[2:], out, corpus_folder(argv[2]))
+            small_splits(tmp_path / "data" / argv[2])
+        elif argv[0] == "train_rnn.py":
+            check_training(argv[1:], out)
+        elif argv[0] == "generate.py":
+            check_generate(argv[1:], out)
+        elif argv[0] == "evaluate.py":
+            check_evaluate(argv[1:], out)
+        else:
+            assert argv[0] == "benchmark.py", line
+            check_benchmark(argv[1:], out, monkeypatch, tmp_path)
+        run += 1
+    assert run >= 15
+
+
+def small_splits(folder):
+    """Cut a corpus to its first lines, so that an epoch is a few updates."""
+    for split, lines in (("train", 400), ("valid", 40), ("test", 40)):
+        path = folder / f"{split}.txt"
+        text = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(text[:lines]), encoding="utf-8")
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_targets_exist(target):
+    """The README's `make` targets say what they would do."""
+    planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"demo": "train_rnn.py --data pydocs", "test": "pytest"}[target] in planned

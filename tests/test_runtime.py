@@ -1,0 +1,251 @@
+"""Devices, allocator, precision, random numbers and clocks, with stand-ins for the GPU."""
+
+import ctypes
+import io
+import math
+import platform
+import resource
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import UserError, runtime
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def flags(**changes):
+    """What cli.add_runtime's flags give."""
+    defaults = {"cuda": False, "threads": None, "tune_allocator": True, "flush_denormal": True, "amp": "off"}
+    return Namespace(**defaults | changes)
+
+
+def denormals_are_kept():
+    return bool((torch.tensor([1e-40]) * 1).item())
+
+
+@pytest.fixture
+def settings():
+    """Puts threads and denormals back."""
+    threads, kept = torch.get_num_threads(), denormals_are_kept()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(not kept)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU as far as torch.cuda's questions go."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Imaginary {device.type} X1")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_cuda_without_a_gpu_is_refused(no_gpu):
+    """One line that says what to do."""
+    with pytest.raises(UserError, match=r"^--cuda[^\n]*sees no GPU[^\n]*without --cuda[^\n]*$"):
+        runtime.setup(flags(cuda=True))
+
+
+def test_cuda_with_a_gpu_is_used(gpu, settings):
+    """Device and name, and no hint to use it."""
+    device, line = runtime.setup(flags(cuda=True))
+    assert device == CUDA
+    assert "Imaginary cuda X1" in line
+    assert "--cuda" not in line
+
+
+def test_an_idle_gpu_is_mentioned(gpu, settings):
+    """The CPU is used, and the line says that it need not be."""
+    device, line = runtime.setup(flags())
+    assert device == CPU
+    assert "run with --cuda" in line and "Imaginary" not in line
+
+
+def test_setup_says_what_holds(no_gpu, settings):
+    """Threads, allocator, denormals, precision: each is set and named; no GPU, no hint."""
+    device, line = runtime.setup(flags(threads=2, amp="bf16"))
+    assert device == CPU
+    assert torch.get_num_threads() == 2
+    assert not denormals_are_kept()
+    parts = line.split(" | ")
+    assert parts[0].startswith("device cpu (")
+    assert parts[1:] == ["threads 2", "allocator tuned", "denormals flushed", "amp bf16"]
+    assert "\n" not in line and "--cuda" not in line
+
+
+def test_settings_can_be_left_alone(no_gpu, settings, monkeypatch):
+    """Without --threads torch's choice stays; --no-tune-allocator, --no-flush-denormal."""
+    monkeypatch.setattr(runtime, "keep_memory", lambda: pytest.fail("the allocator was tuned"))
+    torch.set_num_threads(2)
+    _, line = runtime.setup(flags(tune_allocator=False, flush_denormal=False))
+    assert denormals_are_kept()
+    assert line.split(" | ")[1:] == ["threads 2", "allocator default", "denormals kept", "amp off"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    """Five blocks that come and go cost the pages of less than two; blocks that live side by side are apart."""
+    size = 64 << 20
+    assert runtime.keep_memory() is True
+    assert runtime.keep_memory() is True
+    torch.ones(size, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for value in range(5):
+        block = torch.full((size,), value, dtype=torch.uint8)
+        del block
+    pages = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
+    assert pages < 2 * size
+    blocks = [torch.full((size // 8,), value, dtype=torch.uint8) for value in range(5)]
+    assert all((block == value).all() for value, block in enumerate(blocks))
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    """False, and nothing is called."""
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("a C library was opened"))
+    assert runtime.keep_memory() is False
+
+
+def test_a_refused_setting_is_not_called_tuned(monkeypatch):
+    """glibc answers 1 for what it accepts."""
+    answers = iter((1, 0, 1))
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Namespace(mallopt=lambda option, value: next(answers)))
+    assert runtime.keep_memory() is False
+    assert not list(answers)
+
+
+@pytest.mark.parametrize(("amp", "dtype"), (("off", torch.float32), ("bf16", torch.bfloat16)))
+def test_autocast(amp, dtype):
+    """The type of products; the softmax stays in float32, and nothing is left behind."""
+    x, w = torch.randn(3, 5), torch.randn(7, 5)
+    with runtime.autocast(CPU, amp):
+        product = torch.nn.functional.linear(x, w)
+        assert product.dtype == dtype
+        assert torch.nn.functional.cross_entropy(product, torch.tensor([0, 1, 2])).dtype == torch.float32
+    assert torch.nn.functional.linear(x, w).dtype == torch.float32
+
+
+def test_rng_state_round_trip(monkeypatch):
+    """The same draws again, also after a trip through a file; what a GPU of another machine saved is passed over."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    state = runtime.rng_state()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    first = torch.rand(17)
+    assert not torch.equal(torch.rand(17), first)
+    for back in (state, torch.load(file, weights_only=True), {**state, "cuda": [torch.zeros(3)]}):
+        runtime.set_rng_state(back)
+        assert torch.equal(torch.rand(17), first)
+
+
+def test_rng_states_of_gpus(gpu, monkeypatch):
+    """All are kept, each goes back to its own GPU, those without a GPU are passed over."""
+    put = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["a", "b", "c"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, index: put.append((index, state)))
+    state = runtime.rng_state()
+    assert state["cuda"] == ["a", "b", "c"]
+    runtime.set_rng_state(state)
+    assert put == [(0, "a"), (1, "b")]
+
+
+def test_clock_on_the_cpu(monkeypatch):
+    """Milliseconds between two readings of the monotonic counter."""
+    readings = iter((10.0, 10.25, 17.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(readings))
+    clock = runtime.Clock(CPU)
+    first, second, third = clock.mark(), clock.mark(), clock.mark()
+    assert clock.milliseconds(first, second) == 250
+    assert clock.milliseconds(first, third) == 7000
+
+
+def test_clock_on_a_gpu_waits_for_nothing_but_the_end(monkeypatch):
+    """A mark records an event that can be timed; only asking for a time waits, and only for the later event."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            self.number = sum(call[0] == "new" for call in calls)
+            calls.append(("new", self.number, enable_timing))
+
+        def record(self):
+            calls.append(("record", self.number))
+
+        def synchronize(self):
+            calls.append(("synchronize", self.number))
+
+        def elapsed_time(self, end):
+            calls.append(("elapsed", self.number, end.number))
+            return 12.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("waited for the whole device"))
+    clock = runtime.Clock(CUDA)
+    start, forward, end = clock.mark(), clock.mark(), clock.mark()
+    assert calls == [call for number in range(3) for call in (("new", number, True), ("record", number))]
+    calls.clear()
+    assert clock.milliseconds(start, forward) == 12.5
+    assert calls == [("synchronize", 1), ("elapsed", 0, 1)]
+    calls.clear()
+    assert clock.milliseconds(start, end) == 12.5
+    assert calls == [("synchronize", 2), ("elapsed", 0, 2)]
+
+
+def test_describe(gpu, monkeypatch):
+    """The GPU's name; the processor's by /proc/cpuinfo, by the platform elsewhere."""
+    assert runtime.describe(CUDA) == "Imaginary cuda X1"
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    if names:
+        assert runtime.describe(CPU) == f"cpu ({names[0].split(': ')[1]})"
+    monkeypatch.setattr(runtime.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "z80")
+    assert runtime.describe(CPU) == "cpu (z80)"
+
+
+def test_peak_memory(monkeypatch):
+    """In MiB: what the GPU's allocator says; for a process what the system does, in KiB or on macOS in bytes."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 << 20)
+    assert runtime.peak_memory(CUDA) == 7
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        assert math.isclose(runtime.peak_memory(CPU), int(lines["VmHWM"].split()[0]) / 1024, rel_tol=0.01)
+    monkeypatch.setattr(resource, "getrusage", lambda who: Namespace(ru_maxrss=11 << 20))
+    for system, mebibytes in (("linux", 11 << 10), ("darwin", 11)):
+        monkeypatch.setattr(sys, "platform", system)
+        assert runtime.peak_memory(CPU) == mebibytes
+
+
+IMPORT_ALL = """
+import importlib, pathlib, pkgutil, sys
+for package in map(importlib.import_module, ("data", "models", "utils")):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+for script in pathlib.Path().glob("*.py"):
+    importlib.import_module(script.stem)
+print(*sorted(sys.modules), sep="\\n")
+"""
+
+
+def test_importing_everything_imports_no_cuda_package_and_no_plots():
+    """They are imported where they are needed: a machine without a GPU never loads them, and --help is quick."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], cwd=root, capture_output=True, text=True, check=True)
+    modules = set(done.stdout.split())
+    assert {"train_rnn", "generate", "evaluate", "benchmark", "models.rnn", "utils.report", "data.prepare"} <= modules
+    assert not modules & {"cupy", "cupy_backends", "pynvrtc", "matplotlib"}

@@ -1,0 +1,141 @@
+"""The full softmax against sums in float64, written out target by target."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.softmax import IGNORE, FullSoftmax
+
+STEPS, BATCH, NHID, WORDS = 5, 3, 7, 19
+
+
+def make(dtype=torch.float64, shared=None, scale=1.0):
+    """A head with a bias that is not zero, hidden vectors, and targets of which one step and one more are ignored."""
+    torch.manual_seed(1)
+    head = FullSoftmax(NHID, WORDS, shared)
+    nn.init.normal_(head.bias)
+    hidden = torch.randn(STEPS, BATCH, NHID, dtype=torch.float64) * scale
+    targets = torch.randint(WORDS, (STEPS, BATCH))
+    targets[2] = targets[4, 1] = IGNORE
+    return head.to(dtype), hidden.to(dtype), targets
+
+
+def logits_by_hand(head, hidden):
+    """Logits of one hidden vector as a list of floats."""
+    rows, bias = head.weight.double().tolist(), head.bias.double().tolist()
+    return [math.fsum(map(float.__mul__, row, hidden.double().tolist())) + b for row, b in zip(rows, bias, strict=True)]
+
+
+def log_probs_by_hand(head, hidden):
+    """log softmax of one hidden vector."""
+    logits = logits_by_hand(head, hidden)
+    top = max(logits)
+    log_sum = top + math.log(math.fsum(math.exp(value - top) for value in logits))
+    return [value - log_sum for value in logits]
+
+
+def loss_by_hand(head, hidden, targets):
+    """Sum of the negative log probabilities of the targets that are scored."""
+    scored = (targets != IGNORE).nonzero().tolist()
+    return -math.fsum(log_probs_by_hand(head, hidden[t, b])[targets[t, b]] for t, b in scored)
+
+
+def relative_error(got, want):
+    want = torch.as_tensor(want, dtype=torch.float64)
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("scale", (1.0, 1e4), ids=("moderate", "extreme"))
+def test_log_probs_are_the_log_softmax_and_sum_to_one(scale):
+    """Also where exp of a logit overflows."""
+    head, hidden, _ = make(scale=scale)
+    log_probs = head.log_probs(hidden)
+    want = [[log_probs_by_hand(head, vector) for vector in column] for column in hidden]
+    assert log_probs.shape == (STEPS, BATCH, WORDS)
+    assert relative_error(log_probs, want) < 1e-12
+    assert relative_error(log_probs.exp().sum(-1), torch.ones(STEPS, BATCH)) < 1e-12
+    assert relative_error(head.log_probs(hidden[1, 2]), want[1][2]) < 1e-12
+
+
+@pytest.mark.parametrize("scale", (1.0, 1e4), ids=("moderate", "extreme"))
+@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float64, 1e-12), (torch.float32, 1e-5)), ids=("f64", "f32"))
+def test_loss_sums_over_the_targets_that_are_scored(dtype, tolerance, scale):
+    """In float64 and float32, a step that is ignored whole and one that is in part."""
+    head, hidden, targets = make(dtype, scale=scale)
+    loss = head.loss(hidden, targets)
+    assert loss.dtype == dtype
+    assert relative_error(loss, loss_by_hand(head, hidden, targets)) < tolerance
+
+
+@pytest.mark.parametrize(("steps", "batch"), ((1, 3), (5, 1), (1, 1)))
+def test_one_step_and_one_column(steps, batch):
+    """The loss of a part is the loss of the part."""
+    head, hidden, targets = make()
+    hidden, targets = hidden[:steps, :batch], targets[:steps, :batch]
+    assert relative_error(head.loss(hidden, targets), loss_by_hand(head, hidden, targets)) < 1e-12
+
+
+def test_nothing_to_score_is_no_loss():
+    """All targets ignored: 0, and gradients of 0 instead of nan."""
+    head, hidden, targets = make()
+    loss = head.loss(hidden.requires_grad_(), torch.full_like(targets, IGNORE))
+    loss.backward()
+    assert loss == 0
+    assert not any(tensor.grad.any() for tensor in (hidden, head.weight, head.bias))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float64, 1e-12), (torch.float32, 1e-5)), ids=("f64", "f32"))
+def test_gradients_are_softmax_minus_one_hot(dtype, tolerance):
+    """With d = softmax - one-hot of the scored targets: d W, d^T h and the sum of d."""
+    head, hidden, targets = make(dtype)
+    head.loss(hidden.requires_grad_(), targets).backward()
+    slope = torch.zeros(STEPS, BATCH, WORDS, dtype=torch.float64)
+    for t, b in (targets != IGNORE).nonzero().tolist():
+        slope[t, b] = torch.tensor(log_probs_by_hand(head, hidden[t, b]), dtype=torch.float64).exp()
+        slope[t, b, targets[t, b]] -= 1
+    want = {
+        "hidden": (hidden.grad, slope @ head.weight.double()),
+        "weight": (head.weight.grad, torch.einsum("tbv,tbh->vh", slope, hidden.double())),
+        "bias": (head.bias.grad, slope.sum((0, 1))),
+    }
+    errors = {name: relative_error(*pair) for name, pair in want.items()}
+    assert not {name: error for name, error in errors.items() if not error < tolerance}
+
+
+def test_gradcheck():
+    """Loss and log probabilities against finite differences, by hidden vectors, weight and bias."""
+    head, hidden, targets = make()
+    inputs = (hidden[:3, :2].requires_grad_(), head.weight, head.bias)
+    assert torch.autograd.gradcheck(lambda hidden, *_: head.loss(hidden, targets[:3, :2]), inputs)
+    assert torch.autograd.gradcheck(lambda hidden, *_: head.log_probs(hidden), inputs)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_narrow_logits_are_summed_in_float32(dtype):
+    """What a narrow type loses, it loses in the product: the sums over the vocabulary are exact to float32."""
+    head, hidden, targets = make(dtype)
+    logits = nn.functional.linear(hidden, head.weight, head.bias).double()
+    want = logits - logits.exp().sum(-1, keepdim=True).log()
+    log_probs, loss = head.log_probs(hidden), head.loss(hidden, targets)
+    assert log_probs.dtype == loss.dtype == torch.float32
+    assert relative_error(log_probs, want) < 1e-6
+    assert relative_error(loss, -want[targets != IGNORE].gather(-1, targets[targets != IGNORE][:, None]).sum()) < 1e-6
+
+
+def test_own_weights_start_uniform_and_a_shared_one_is_the_same_parameter():
+    """Own: within +-0.1 and filling it, bias 0. Shared: not copied, not changed, a parameter of the head."""
+    head = FullSoftmax(101, 103)
+    assert head.weight.shape == (103, 101)
+    assert 0.0995 < head.weight.max() <= 0.1
+    assert -0.0995 > head.weight.min() >= -0.1
+    assert abs(head.weight.mean()) < 0.003
+    assert head.bias.shape == (103,)
+    assert not head.bias.any()
+    weight = nn.Parameter(torch.randn(WORDS, NHID))
+    before = weight.detach().clone()
+    shared = FullSoftmax(NHID, WORDS, weight)
+    assert shared.weight is weight
+    assert torch.equal(weight, before)
+    assert [name for name, _ in shared.named_parameters()] == ["weight", "bias"]

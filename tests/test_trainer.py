@@ -1,0 +1,346 @@
+"""The loop against one written out by hand, resume against an uninterrupted run, records, stops."""
+
+import csv
+import json
+import math
+import re
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+from test_train_rnn import background, wait_for
+
+import train_rnn
+from data import Corpus
+from data.batching import columns
+from models import build
+from utils import UserError, checkpoint, runtime, trainer
+from utils.evaluation import Score, evaluate
+
+
+def last(tmp_path, name):
+    """The last checkpoint of a run."""
+    return checkpoint.load(tmp_path / "runs" / name / "last.pt")
+
+
+def assert_same(ours, theirs, path="checkpoint"):
+    """Bit equality of nested containers; the name of what differs is in the message."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), path
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), path
+        for key, value in ours.items():
+            assert_same(value, theirs[key], f"{path}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), path
+        for index, value in enumerate(ours):
+            assert_same(value, theirs[index], f"{path}[{index}]")
+    else:
+        assert ours == theirs, path
+
+
+TIMES = ("seconds", "ms_per_batch", "forward_ms_per_batch", "tokens_per_second", "peak_memory_mib")
+
+
+def what_training_knows(saved):
+    """Everything of a checkpoint but clock readings, flags that may differ, and file sizes."""
+    epochs = [{k: v for k, v in e.items() if k not in TIMES} for e in saved["history"]["epochs"]]
+    position = {k: saved["position"][k] for k in ("epoch", "batch", "state", "sums")}
+    kept = ("weights", "optimizer", "schedule", "rng", "best", "vocabulary", "config")
+    points = saved["history"]["points"]
+    return {"epochs": epochs, "points": points, "position": position, **{k: saved[k] for k in kept}}
+
+
+def numbers(log):
+    """The log lines of a run without clock readings."""
+    lines = [line for line in log.read_text().splitlines() if line.startswith(("| epoch", "| end of"))]
+    return [re.sub(r"(ms/batch|time:|eta) +[\d.:s]+", "", line) for line in lines]
+
+
+def reference_loop(folder, args, weights):
+    """word_language_model's main.py written out: untied LSTM, no dropout, SGD with L2, clipping by the total norm."""
+    corpus = Corpus.load(folder, notice=lambda line: None)
+    data = torch.tensor(corpus.train.tolist())
+    length = len(data) // args.batch_size
+    data = data[: length * args.batch_size].view(args.batch_size, -1).t()
+    w = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    rnn = torch.nn.LSTM(args.emsize, args.nhid, args.nlayers)
+    for _ in range(args.epochs):
+        hidden = tuple(torch.zeros(args.nlayers, args.batch_size, args.nhid) for _ in range(2))
+        for i in range(0, length - 1, args.bptt):
+            steps = min(args.bptt, length - 1 - i)
+            emb = w["embedding.weight"][data[i : i + steps]]
+            lstm = {name.removeprefix("core.rnn."): p for name, p in w.items() if name.startswith("core")}
+            out, hidden = torch.func.functional_call(rnn, lstm, (emb, tuple(h.detach() for h in hidden)))
+            logits = out @ w["head.weight"].t() + w["head.bias"]
+            log_probs = logits - logits.logsumexp(-1, keepdim=True)
+            loss = -log_probs.gather(-1, data[i + 1 : i + 1 + steps, :, None]).mean()
+            grads = torch.autograd.grad(loss, list(w.values()))
+            norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads))
+            factor = min(1.0, args.clip / (norm + 1e-6))
+            with torch.no_grad():
+                for p, g in zip(w.values(), grads, strict=True):
+                    p -= args.lr * (g * factor + args.wdecay * p)
+    return w
+
+
+def test_the_loop_is_the_one_of_word_language_model(train, tmp_path, tiny_corpus):
+    """Two epochs of plain SGD give the weights that a loop written out by hand gives."""
+    flags = ["--recipe", "example", "--no-tied", "--dropout", "0", "--lr", "5", "--wd", "1e-3", "--nhid", "13"]
+    flags += ["--schedule", "constant", "--clip", "0.03"]
+    train(*flags, "--name", "ours")
+    args = SimpleNamespace(**last(tmp_path, "ours")["args"])
+    torch.manual_seed(args.seed)
+    initial = build(train_rnn.model_config(args, 29)).state_dict()
+    expected = reference_loop(tiny_corpus, args, initial)
+    for name, tensor in last(tmp_path, "ours")["weights"].items():
+        moved = (tensor - initial[name]).norm()
+        error = (tensor - expected[name]).norm() / moved
+        assert moved > 0.1 and error < 1e-4, (name, moved, error)
+
+
+KINDS = {
+    "sgd with momentum, plateau": ["--optimizer", "sgd", "--lr", "3", "--momentum", "0.5", "--schedule", "plateau"],
+    "adam, decay": ["--optimizer", "adam", "--lr", "0.01", "--decay", "0.7"],
+    "adam, one-cycle, weight decay": ["--lr", "0.02", "--schedule", "onecycle", "--wdecay", "1e-4"],
+    "GRU loop, two layers": ["--model", "GRU", "--loop", "--nlayers", "2", "--lr", "0.01"],
+    "bf16": ["--amp", "bf16", "--lr", "0.01"],
+}
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("batches", [57, 91 + 33], ids=["in the first epoch", "in the second"])
+def test_resume_equals_an_uninterrupted_run(flags, batches, train, tmp_path, monkeypatch):
+    """A run that dies between two checkpoints and goes on ends bit for bit like one that never stopped."""
+    flags = [*flags, "--checkpoint-every", "10", "--epochs", "3", "--plateau-patience", "0"]
+    train(*flags, "--name", "whole")
+    step, done = trainer.training_step, []
+
+    def dying_step(*args):
+        if len(done) == batches:
+            raise Killed
+        done.append(1)
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "training_step", dying_step)
+    with pytest.raises(Killed):
+        train(*flags, "--name", "cut")
+    assert last(tmp_path, "cut")["position"]["batch"] == batches % 91 // 10 * 10
+    monkeypatch.setattr(trainer, "training_step", step)
+    torch.manual_seed(99)
+    record = train(*flags, "--resume", "cut")
+    assert record["status"] == "finished" and record["epochs"] == 3
+    assert_same(what_training_knows(last(tmp_path, "cut")), what_training_knows(last(tmp_path, "whole")))
+    runs = tmp_path / "runs"
+    for log in ("train_log.txt", "test_log.txt"):
+        assert numbers(runs / "cut" / log) == numbers(runs / "whole" / log)
+    whole = json.loads((runs / "whole" / "run.json").read_text())
+    assert record["results"] == whole["results"]
+
+
+def test_kill_minus_nine_and_resume(tmp_path, tiny_corpus):
+    """The same with a real process and a real SIGKILL; the resumed one is told nothing but the run's name."""
+    flags = ["--data", tiny_corpus, *TINY, "--epochs", "40", "--checkpoint-every", "7", "--lr", "0.01"]
+    process = background(tmp_path, *flags, "--name", "cut")
+    wait_for(process, r"epoch   2 \|    60/")
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    position = last(tmp_path, "cut")["position"]
+    assert position["epoch"] < 40
+    end = ["--epochs", str(position["epoch"] + 1)]
+    output = background(tmp_path, "--resume", "cut", *end).communicate()[0]
+    assert f"resumed runs/cut at epoch {position['epoch']}, batch {position['batch']}" in output
+    output = background(tmp_path, *flags, *end, "--name", "whole").communicate()[0]
+    assert "End of training" in output
+    assert_same(what_training_knows(last(tmp_path, "cut")), what_training_knows(last(tmp_path, "whole")))
+    runs = tmp_path / "runs"
+    assert numbers(runs / "cut" / "train_log.txt") == numbers(runs / "whole" / "train_log.txt")
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lr", "0.5"], ["--batch-size", "5"], ["--no-tied"], ["--nhid", "13"], ["--dropout", "0.1"],
+        ["--seed", "5"], ["--recipe", "example"], ["--model", "GRU"], ["--amp", "bf16"], ["--vocab", "train"],
+        ["--eval-batch", "7"], ["--schedule", "step"],
+    ],
+    ids=lambda flags: flags[0],
+)  # fmt: skip
+def test_resume_names_a_flag_that_differs(flags, train, fails, tmp_path):
+    """One line, exit code 2, and the folder is as it was."""
+    train("--name", "run")
+    before = (tmp_path / "runs" / "run" / "last.pt").read_bytes()
+    error = fails(train_rnn.main, "--runs-dir", tmp_path / "runs", "--resume", "run", *flags)
+    assert f"error: {flags[0].replace('--no-', '--')} " in error and "--epochs" in error
+    assert (tmp_path / "runs" / "run" / "last.pt").read_bytes() == before
+
+
+def test_what_may_change_on_resume(train, tmp_path, fails):
+    """More epochs, other minutes, log interval, threads; epochs not under one-cycle."""
+    train("--name", "run")
+    record = train("--resume", "run", "--epochs", "3", "--log-interval", "7", "--max-minutes", "9", "--threads", "1")
+    assert record["epochs"] == 3 and len(record["history"]["points"]) == 2 * 4 + 13
+    train("--name", "cycle", "--schedule", "onecycle")
+    error = fails(train_rnn.main, "--runs-dir", tmp_path / "runs", "--resume", "cycle", "--epochs", "3")
+    assert "--epochs 3 differs" in error
+
+
+def test_resume_refuses_other_text(train, tmp_path, tiny_corpus):
+    """The corpus may have moved, but its content is compared."""
+    train("--name", "run")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for split in ("train", "valid", "test"):
+        (copy / f"{split}.txt").write_bytes((tiny_corpus / f"{split}.txt").read_bytes())
+    assert train("--resume", "run", "--data", str(copy), "--epochs", "3")["epochs"] == 3
+    (copy / "test.txt").write_text("w1 w2 w3\n" * 40)
+    with pytest.raises(UserError, match="not what the run was trained on"):
+        train("--resume", "run", "--data", str(copy), "--epochs", "4")
+
+
+def test_resume_of_an_ended_run_evaluates_again(train):
+    """A run killed in its last evaluation gets its results."""
+    first = train("--name", "run")
+    again = train("--resume", "run")
+    assert again["results"] == first["results"] and again["epochs"] == 2
+
+
+def test_a_seed_fixes_everything(train, tmp_path):
+    """Equal seeds, equal weights and history; another seed, other ones."""
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        train("--seed", seed, "--name", name)
+    a, b, c = (last(tmp_path, name) for name in "abc")
+    assert_same(what_training_knows(a), what_training_knows(b))
+    assert not torch.equal(a["weights"]["head.weight"], c["weights"]["head.weight"])
+
+
+def test_the_best_model_is_tested_not_the_last(train, tmp_path, monkeypatch, tiny_corpus):
+    """Validation is best in epoch 2 of 4: best.pt, --save and the reported figures are of epoch 2."""
+    scripted = iter([3.0, 1.0, 2.0, 2.5])
+    weights = []
+
+    def scripted_evaluate(model, ids, batch_size=1, amp="off", label=None):
+        if label.startswith("epoch"):
+            weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return Score(next(scripted), len(ids) - 1, batch_size)
+        return evaluate(model, ids, batch_size, amp)
+
+    monkeypatch.setattr(trainer, "evaluate", scripted_evaluate)
+    record = train("--name", "run", "--epochs", "4", "--lr", "0.02")
+    for path in (tmp_path / "runs" / "run" / "best.pt", tmp_path / "model.pt"):
+        assert_same(dict(checkpoint.load(path)["weights"]), weights[1])
+    assert record["results"]["test"]["checkpoint"] == "best.pt" and record["results"]["test"]["epoch"] == 2
+    model = build(checkpoint.load(tmp_path / "model.pt")["config"])
+    model.load_state_dict(weights[1])
+    corpus = Corpus.load(tiny_corpus)
+    for split, ids in (("valid", corpus.valid), ("test", corpus.test)):
+        score = evaluate(model, ids)
+        result = record["results"][split]
+        assert (result["loss"], result["targets"], result["batch_size"]) == (score.loss, len(ids) - 1, 1)
+
+
+def test_max_minutes_stops_saves_and_evaluates(train, tmp_path):
+    """The part of an epoch that was done is evaluated; --resume goes on after it."""
+    record = train("--name", "short", "--epochs", "5", "--max-minutes", "1e-9")
+    assert record["status"] == "max-minutes" and record["results"]["test"]["epoch"] == 1
+    (entry,) = record["history"]["epochs"]
+    assert entry["partial"] and entry["batches"] == 1 and entry["valid_batch"] == 3
+    train("--name", "whole", "--epochs", "2")
+    train("--resume", "short", "--epochs", "2", "--max-minutes", "60")
+    ours, whole = (last(tmp_path, name) for name in ("short", "whole"))
+    assert_same(dict(ours["weights"]), dict(whole["weights"]))
+
+
+def test_the_record_holds_what_a_table_needs(train, tmp_path, tiny_corpus):
+    """run.json, metrics.csv and curves.png agree with each other."""
+    train("--name", "run", "--lr", "0.02")
+    folder = tmp_path / "runs" / "run"
+    record = json.loads((folder / "run.json").read_text())
+    assert record["kind"] == "training" and record["status"] == "finished"
+    assert record["command"].startswith("python ") and "--name run" in record["command"]
+    assert record["model"]["parameters"] == 1404 and record["corpus"]["types"] == 29
+    assert record["corpus"]["tokens"] == {"train": 8265, "valid": 810, "test": 785}
+    assert set(record["corpus"]["checksums"]) == {"train", "valid", "test"}
+    assert {"device", "threads", "amp", "torch", "commit"} <= record["environment"].keys()
+    for figure in ("minutes", "ms_per_batch", "forward_ms_per_batch", "tokens_per_second", "peak_memory_mib"):
+        assert record[figure] > 0, figure
+    assert record["forward_ms_per_batch"] < record["ms_per_batch"]
+    for split, targets in (("valid", 809), ("test", 784)):
+        result = record["results"][split]
+        assert (result["batch_size"], result["targets"]) == (1, targets)
+        assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = record["history"]["epochs"]
+    assert [float(row["valid_ppl"]) for row in rows] == [epoch["valid_ppl"] for epoch in epochs]
+    assert [epoch["batches"] for epoch in epochs] == [91, 91]
+    assert epochs[1]["train_ppl"] < epochs[0]["train_ppl"]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_loss_is_weighted_by_targets(train, tmp_path, tiny_corpus):
+    """With a rate of nearly 0 the epoch's training loss is the loss of the untrained model over all its targets."""
+    train("--name", "run", "--lr", "1e-12", "--dropout", "0", "--epochs", "1")
+    saved = last(tmp_path, "run")
+    model = build(saved["config"])
+    model.load_state_dict(saved["weights"])
+    stream = columns(Corpus.load(tiny_corpus).train, 7)
+    loss, _, count, _ = model(stream[:-1], stream[1:], model.initial_state(7))
+    assert saved["history"]["epochs"][0]["train_loss"] == pytest.approx((loss / count).item(), rel=1e-5)
+
+
+def test_a_gpu_is_not_waited_for_in_every_batch(train, monkeypatch):
+    """Between log lines nothing reads a tensor's value: the reads of an epoch do not grow with its batches."""
+    reads = []
+    for name in ("item", "tolist", "__int__", "__float__", "__bool__", "__index__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, original=original, **k: reads.append(1) or original(*a, **k))
+    counts = []
+    train_epoch = trainer.Trainer.train_epoch
+
+    def counted(self, interrupted):
+        device, self.device = self.device, SimpleNamespace(type="cuda")
+        reads.clear()
+        train_epoch(self, interrupted)
+        counts.append((self.batch, len(reads)))
+        self.device = device
+
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", counted)
+    train("--epochs", "1", "--bptt", "13", "--log-interval", "1000", "--optimizer", "sgd")
+    train("--epochs", "1", "--bptt", "5", "--log-interval", "1000", "--optimizer", "sgd")
+    (few, reads_few), (many, reads_many) = counts
+    assert many > 2 * few and reads_few == reads_many < 10
+
+
+def test_a_non_finite_gradient_is_found_on_a_gpu_too(train, monkeypatch):
+    """Where batches are not waited for, the sums remember the first bad step and its gradient norm."""
+    step, seen = trainer.training_step, []
+
+    def bad_third_step(*args):
+        loss, count, norm, *rest = step(*args)
+        seen.append(1)
+        return (loss, count, torch.tensor(float("inf")) if len(seen) >= 3 else norm, *rest)
+
+    monkeypatch.setattr(trainer, "training_step", bad_third_step)
+    check = trainer.Trainer.check_finite
+    late = lambda self: check(self) if self.batch % 20 == 0 else None  # noqa: E731
+    monkeypatch.setattr(trainer.Trainer, "check_finite", late)
+    with pytest.raises(trainer.TrainingError, match=r"step 3 \(epoch 1\): lr 0.001, gradient norm inf"):
+        train()
+    assert len(seen) == 20
+
+
+def test_dropped_settings_do_not_leak(train):
+    """Flushing denormals can be switched off."""
+    train("--dry-run", "--no-flush-denormal", "--no-tune-allocator")
+    assert (torch.tensor(1e-39) * 1.0).item() != 0
+    train("--dry-run")
+    assert (torch.tensor(1e-39) * 1.0).item() == 0
+    assert runtime.peak_memory(torch.device("cpu")) > 50
