@@ -77,7 +77,7 @@ def table(args):
     records |= added
     if not records:
         raise UserError(f"{folder} holds no run records: name run folders, python benchmark.py table {args.name} RUN")
-    text = table_text(records.values())
+    text = table_text([records[name] for name in sorted(records)])
     page = args.results / f"{args.name}.md"
     folder.mkdir(parents=True, exist_ok=True)
     if not page.exists():

@@ -10,7 +10,7 @@ import torch
 import benchmark
 import train_rnn
 from models import build
-from utils import UserError, cli, runtime, trainer
+from utils import UserError, cli, report, runtime, trainer
 
 PAGE = "# Small\n\nbefore\n\n<!-- small -->\n{}<!-- /small -->\n\nafter\n"
 SMALL = "--emsize 11 --nhid 11 --batch-size 7 --bptt 13"
@@ -56,7 +56,7 @@ def run(tiny_run, tmp_path):
         record["name"] = name
         change(record)
         (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        report.write_record(tmp_path / name / "run.json", record)
         return tmp_path / name
 
     return make
@@ -67,30 +67,36 @@ def files(folder):
     return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-def test_a_row_is_what_the_record_says(table, tiny_run, place):
+def made_up(record):
+    record.update(minutes=12.34, ms_per_batch=71.6, forward_ms_per_batch=23.4, peak_memory_mib=1234.5, epochs=37)
+    record["results"]["valid"]["perplexity"] = 123.456
+    record["results"]["test"]["perplexity"] = 98.765
+    record["environment"].update(device="cpu (Imaginary)", threads=3, commit="0123456789abcdef-dirty")
+    record.update(command="python train_rnn.py --tied")
+
+
+def test_a_row_is_what_the_record_says(table, run, place):
     """Every cell; the record is copied as it is."""
-    record = json.loads((tiny_run / "run.json").read_text())
-    valid, test = (record["results"][split]["perplexity"] for split in ("valid", "test"))
-    machine = record["environment"]
-    assert table(tiny_run) == [
+    folder = run("mine", made_up)
+    assert table(folder) == [
         {
             "model": "LSTM 1x11 tied",
             "parameters": f"{29 * 11 + 4 * 11 * (11 + 11 + 2) + 29:,}",
             "corpus": "tiny",
             "recipe": "port",
-            "epochs": "2",
-            "minutes": format(record["minutes"], ".1f"),
-            "valid ppl": format(valid, ".2f"),
-            "test ppl": format(test, ".2f"),
-            "forward ms": format(record["forward_ms_per_batch"], ".0f"),
-            "ms/batch": format(record["ms_per_batch"], ".0f"),
-            "peak MiB": format(record["peak_memory_mib"], ".0f"),
-            "device": f"{machine['device']}, 1 threads",
-            "command": f"`{record['command']}`",
-            "commit": (machine["commit"] or "")[:12],
+            "epochs": "37",
+            "minutes": "12.3",
+            "valid ppl": "123.46",
+            "test ppl": "98.77",
+            "forward ms": "23",
+            "ms/batch": "72",
+            "peak MiB": "1234",
+            "device": "cpu (Imaginary), 3 threads",
+            "command": "`python train_rnn.py --tied`",
+            "commit": "0123456789ab",
         }
     ]
-    assert (place / "small" / "tiny.json").read_bytes() == (tiny_run / "run.json").read_bytes()
+    assert (place / "small" / "mine.json").read_bytes() == (folder / "run.json").read_bytes()
 
 
 def better(record):
@@ -114,8 +120,8 @@ def test_the_best_test_perplexity_comes_first(table, tiny_run, run):
 
 
 def test_rendering_again_changes_nothing(table, tiny_run, run, place):
-    """Byte for byte: from the records alone, from the same runs in another order, by folder and by file."""
-    runs = [tiny_run, run("better", better)]
+    """Byte for byte, ties too: from the records alone, from the runs in another order, by folder and by file."""
+    runs = [tiny_run, run("better", better), run("again", lambda record: record["model"].update(parameters=3))]
     rows = table(*runs)
     before = files(place)
     for again in ((), runs[::-1], [path / "run.json" for path in runs]):

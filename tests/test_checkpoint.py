@@ -6,6 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -196,6 +197,20 @@ def test_text_is_refused(path, refused, text):
     refused()
 
 
+def test_refusals_are_in_this_projects_words(path, refused):
+    """Torch's advice to load without protection, its colours and its warnings do not reach the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value in (argparse.Namespace(lr=1), build(CONFIG)):
+            torch.save(value, path)
+            message = refused()
+            assert message.isprintable() and "weights_only" not in message
+        for junk in (b"text\n", pickle.dumps({"format": 1, "config": CONFIG}, 4)):
+            path.write_bytes(junk)
+            message = refused()
+            assert message.isprintable() and "weights_only" not in message
+
+
 def test_folder_and_missing_file_are_refused(path, refused):
     """The message says how to get a checkpoint."""
     assert "train a model" in refused()
@@ -208,8 +223,14 @@ PARTS = ("format", "config", "vocabulary", "weights")
 
 @pytest.mark.parametrize(
     "value",
-    ([1, 2], torch.zeros(3), {}, *({part: 1 for part in PARTS if part != missing} for missing in PARTS)),
-    ids=("list", "tensor", "empty", *(f"no {part}" for part in PARTS)),
+    (
+        [1, 2],
+        torch.zeros(3),
+        {},
+        *({part: 1 for part in PARTS if part != missing} for missing in PARTS),
+        dict.fromkeys(PARTS, 1),
+    ),
+    ids=("list", "tensor", "empty", *(f"no {part}" for part in PARTS), "numbers"),
 )
 def test_plain_data_of_something_else_is_refused(path, refused, value):
     """Loads safely, but is no checkpoint."""

@@ -316,6 +316,12 @@ def flip(payload, position, bit):
     return payload[:position] + bytes([payload[position] ^ 1 << bit]) + payload[position + 1 :]
 
 
+def sealed(content, protocol=5):
+    """A cache whose checksum is right, whatever it holds."""
+    payload = pickle.dumps(content, protocol)
+    return payload + zlib.crc32(payload).to_bytes(4, "little")
+
+
 DAMAGE = {
     "empty": lambda payload, _: b"",
     "one byte": lambda payload, _: payload[:1],
@@ -324,8 +330,9 @@ DAMAGE = {
     "random bytes": lambda payload, _: random.Random(37).randbytes(len(payload)),
     "random middle": lambda payload, _: payload[:200] + random.Random(41).randbytes(200) + payload[400:],
     "text": lambda payload, _: b"not a pickle\n",
-    "another pickle": lambda payload, _: pickle.dumps(["plain", "data"]),
-    "no ids": lambda payload, _: pickle.dumps({"key": pickle.loads(payload)["key"]}),
+    "no checksum": lambda payload, _: payload[:-4],
+    "another pickle": lambda payload, _: sealed(["plain", "data"]),
+    "no ids": lambda payload, _: sealed({"key": pickle.loads(payload)["key"]}),
     "a bit of the ids": lambda payload, ids: flip(payload, payload.index(ids) + len(ids) // 2, 0),
     "the last bit of the ids": lambda payload, ids: flip(payload, payload.index(ids) + len(ids) - 1, 7),
 }
@@ -357,11 +364,6 @@ def test_no_flipped_bit_gives_another_corpus(cached, monkeypatch):
     assert wrong == []
 
 
-def write_cache(path, payload):
-    """A cache whose checksum is right, whatever it holds."""
-    path.write_bytes(payload + zlib.crc32(payload).to_bytes(4, "little"))
-
-
 class Touch:
     """Unpickled by the library's own loads(), it runs a shell command."""
 
@@ -379,11 +381,10 @@ def test_code_in_a_cache_is_not_run(cached, tmp_path, inside, protocol):
     folder, path, fresh = cached
     marker = tmp_path / "executed"
     content = {**pickle.loads(path.read_bytes()), "more": Touch(marker)} if inside else Touch(marker)
-    payload = pickle.dumps(content, protocol)
-    pickle.loads(payload)
+    path.write_bytes(sealed(content, protocol))
+    pickle.loads(path.read_bytes())
     assert marker.exists()
     marker.unlink()
-    write_cache(path, payload)
     loaded, notices = load(folder)
     assert loaded == fresh
     assert not marker.exists()
@@ -395,7 +396,7 @@ def test_code_in_a_cache_is_not_run(cached, tmp_path, inside, protocol):
 def test_a_cache_with_anything_to_import_is_refused(cached, value):
     """numpy's arrays and harmless classes of the library too: the list of what is allowed is empty."""
     folder, path, fresh = cached
-    write_cache(path, pickle.dumps({**pickle.loads(path.read_bytes()), "more": value}))
+    path.write_bytes(sealed({**pickle.loads(path.read_bytes()), "more": value}))
     loaded, notices = load(folder)
     assert loaded == fresh
     assert ["not plain data" in notice for notice in notices] == [True, False]

@@ -275,6 +275,20 @@ def test_step_by_step_equals_one_pass(loaded, monkeypatch):
     assert torch.equal(torch.cat([torch.multinomial(step.softmax(-1), 1).T for step in log_probs]), drawn)
 
 
+def test_the_flags_decide_what_is_drawn(loaded, text):
+    """The script's text is what `sample` draws with its seed: the prompt follows a line end, each flag counts."""
+    model, vocabulary, prompt = loaded
+    arguments = {"samples": 31, "temperature": 1.3, "top_k": 17, "top_p": 0.8}
+    flags = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value)]
+    torch.manual_seed(5)
+    columns = generate.sample(model, prompt, 7, **arguments, banned=[vocabulary.ids[UNK]]).T.tolist()
+    want = "\n".join(" ".join(vocabulary.words[word] for word in column) + "\n" for column in columns)
+    flags += ["--words", 7, "--seed", 5, "--no-unk", "--prompt", PROMPT]
+    assert text(*flags) == want
+    changes = (("--prompt", "the w6 w3"), ("--temperature", 2), ("--top-k", 2), ("--top-p", 0.1))
+    assert want not in [text(*flags, *change) for change in changes]
+
+
 def test_progress_is_reported_before_each_word(loaded):
     """By the number of words done, and only once each."""
     model, _, prompt = loaded

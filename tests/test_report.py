@@ -212,6 +212,8 @@ def test_curves_are_a_picture(tmp_path, figures, name):
     low, high = figures[0].axes[0].get_ylim()
     shown = [epoch[key] for epoch in epochs for key in ("train_ppl", "valid_ppl") if epoch[key] < math.inf]
     assert all(0 < low < value < high < math.inf for value in shown)
+    best = min(epoch["valid_ppl"] for epoch in epochs)
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ([f"{best:.2f}"] if best < math.inf else [])
 
 
 def test_curves_show_the_history(tmp_path, figures):

@@ -110,6 +110,7 @@ def sizes():
 @ways
 @pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float64, 1e-12), (torch.float32, 1e-5)), ids=("f64", "f32"))
 def test_core_follows_the_equations(kind, layers, steps, batch, loop, dtype, tolerance):
+    """Output, final state and every gradient, for all depths, for one step and one column, in both precisions."""
     core, x, state = make(kind, layers, steps, batch, loop=loop)
     core = core.to(dtype)
     results = outcome(core, dict(core.named_parameters()), x.to(dtype), [part.to(dtype) for part in state])
@@ -120,6 +121,7 @@ def test_core_follows_the_equations(kind, layers, steps, batch, loop, dtype, tol
 @kinds
 @pytest.mark.parametrize("layers", (1, 2, 3))
 def test_torch_module_with_the_same_weights_agrees(kind, layers):
+    """torch.nn's own module gives what the equations give: they are the same recurrence."""
     core, x, state = make(kind, layers)
     module = TORCH[kind](EMSIZE, NHID, layers).double()
     module.load_state_dict({name.removeprefix("rnn."): value for name, value in core.state_dict().items()})
@@ -137,6 +139,7 @@ def test_torch_module_with_the_same_weights_agrees(kind, layers):
 @pytest.mark.parametrize("batch", (1, BATCH))
 @pytest.mark.parametrize("chunks", ((1, 2, 4), (1,) * 7), ids=str)
 def test_chunks_with_carried_state_equal_the_whole(kind, loop, batch, chunks):
+    """Gradients too, through the carried state; the state passed in is not written to."""
     core, x, state = make(kind, 2, batch=batch, loop=loop)
     weights = dict(core.named_parameters())
 
@@ -155,6 +158,7 @@ def test_chunks_with_carried_state_equal_the_whole(kind, loop, batch, chunks):
 
 @kinds
 def test_initial_state_is_zero_of_the_weights_dtype_and_device(kind):
+    """(h, c) for the LSTM, (h,) for the others, and the sizes that the language model asks for."""
     core, _, _ = make(kind, 3)
     state = core.initial_state(BATCH)
     assert [tuple(part.shape) for part in state] == [(3, BATCH, NHID)] * (2 if kind == "LSTM" else 1)
@@ -165,6 +169,7 @@ def test_initial_state_is_zero_of_the_weights_dtype_and_device(kind):
 
 @kinds
 def test_dropout_is_a_fresh_mask_per_step_between_layers_and_nowhere_else(kind):
+    """Layers of torch.nn with dropout between them draw the same masks from the same seed; evaluation drops nothing."""
     core, x, state = make(kind, 3, dropout=0.37)
     weights = dict(core.named_parameters())
     layers = [TORCH[kind](NHID if layer else EMSIZE, NHID).double() for layer in range(3)]
@@ -200,6 +205,7 @@ def test_dropout_is_a_fresh_mask_per_step_between_layers_and_nowhere_else(kind):
 @kinds
 @ways
 def test_one_layer_has_nothing_to_drop_and_no_warning(kind, loop):
+    """In training it gives what it gives without dropout."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         core, x, state = make(kind, 1, dropout=0.37, loop=loop)
@@ -209,6 +215,7 @@ def test_one_layer_has_nothing_to_drop_and_no_warning(kind, loop):
 @kinds
 @ways
 def test_state_keeps_its_dtype_under_autocast(kind, loop):
+    """Products in bfloat16, the carried state in float32, all near the exact values."""
     core, x, state = make(kind, 2, loop=loop)
     core, x, state = core.float(), x.float(), tuple(part.float() for part in state)
     with torch.autocast("cpu", torch.bfloat16):
@@ -221,6 +228,7 @@ def test_state_keeps_its_dtype_under_autocast(kind, loop):
 
 @kinds
 def test_state_dicts_of_loop_and_library_are_interchangeable(kind):
+    """Same names, torch.nn's, and the same results after loading either into the other."""
     library, x, state = make(kind, 3)
     loop, _, _ = make(kind, 3, loop=True, seed=2)
     assert list(library.state_dict()) == [f"rnn.{name}" for name in TORCH[kind](EMSIZE, NHID, 3).state_dict()]

@@ -6,6 +6,7 @@ best.
 """
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from models import CORES, build
 from . import UserError
 
 FORMAT = 1
+PARTS = ("config", "vocabulary", "weights")
 
 
 def save(path, checkpoint):
@@ -45,21 +47,24 @@ def load(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: train a model first (python train_rnn.py), or give --checkpoint PATH")
+    damaged = f"{path} is damaged or no checkpoint: expected a file that training saved"
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise UserError(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n", 1)[0]
+    except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is refused: a checkpoint holds tensors and plain data only, this file holds other objects "
-            f"or is damaged ({reason})"
+            f"{path} is refused: a checkpoint holds tensors and plain data only, this file holds other objects"
         ) from None
-    except Exception as error:  # a damaged file can raise almost anything
-        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-        raise UserError(f"{path} is damaged or no checkpoint ({reason}): expected a file that training saved") from None
-    if not isinstance(checkpoint, dict) or not {"format", "config", "vocabulary", "weights"} <= checkpoint.keys():
+    except UserError:
+        raise
+    except Exception:  # a damaged file can raise almost anything
+        raise UserError(damaged) from None
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in PARTS):
         raise UserError(f"{path} is no checkpoint of recurrent-lm: expected one that its train scripts wrote")
-    if checkpoint["format"] != FORMAT:
-        raise UserError(f"{path} has checkpoint format {checkpoint['format']}, this version reads {FORMAT}")
+    if checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} has checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}")
     words, counts = (checkpoint["vocabulary"].get(key, ()) for key in ("words", "counts"))
     if not len(words) == len(counts) == checkpoint["config"].get("vocab_size"):
         raise UserError(
@@ -78,7 +83,7 @@ def load_model(path, device, families=tuple(CORES)):
     expect_family(checkpoint, path, families)
     try:
         model = build(checkpoint["config"])
-    except TypeError as error:
+    except (TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} describes a model that this version does not know ({error})") from None
     load_weights(model, checkpoint, path)
     return model.to(device).eval(), Vocabulary(**checkpoint["vocabulary"]), checkpoint

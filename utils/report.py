@@ -241,7 +241,7 @@ def draw_curves(path, history, title):
     top.grid(which="both", color="0.92")
     top.legend(loc="upper right")
     rates = [(p[0], p[2]) for p in points] or [(end, e["lr"]) for end, e in zip(ends, epochs, strict=True)]
-    bottom.plot([x for x, _ in rates], [lr for _, lr in rates], color="C1", drawstyle="steps-post")
+    bottom.plot([x for x, _ in rates], [lr for _, lr in rates], color="C1", drawstyle="steps-post", marker=".")
     bottom.set(xlabel="epoch", ylabel="learning rate", xlim=(0, None))
     bottom.set_ylim(0, None)
     bottom.grid(color="0.92")
