@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import train_rmc
 import train_rnn
 from data.batching import columns, windows
 from models import build
@@ -21,6 +22,8 @@ CANDIDATES = {
     "Elman tanh, port": (train_rnn, "--recipe port --model RNN_TANH"),
     "LSTM, example": (train_rnn, "--recipe example"),
     "LSTM tied, example": (train_rnn, "--recipe example --tied"),
+    "RMC, paper's form": (train_rmc, "--variant paper"),
+    "RMC, port's form": (train_rmc, "--variant port"),
 }
 
 COLUMNS = (
@@ -29,18 +32,24 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def model_name(model):
+    """Kind and sizes of a record's model, as a table shows them."""
+    core = model["core"]
+    if model["family"] == "rmc":
+        name = f"RMC {core['variant']} {core['memslots']}x({core['numheads']}x{core['headsize']})"
+    else:
+        name = f"{core['model']} {core['nlayers']}x{core['nhid']}{' loop' if core['loop'] else ''}"
+    return name + (" tied" if model["tied"] else "") + (" adaptive" if model.get("cutoffs") else "")
+
+
 def table_row(record):
     """The cells of one run record, in the order of COLUMNS; evaluation is at the batch size the record names."""
-    core, config = record["model"]["core"], record["config"]
-    name = f"{core.get('model', record['model']['family'])} {core['nlayers']}x{core['nhid']}"
-    name += " tied" if record["model"]["tied"] else ""
-    name += " loop" if core.get("loop") else ""
-    results = record["results"]
+    config, results = record["config"], record["results"]
     batch = {score["batch_size"] for score in results.values()}
     if batch != {1}:
         raise UserError(f"run {record['name']}: expected valid and test scored at batch 1, got batch sizes {batch}")
     return [
-        name,
+        model_name(record["model"]),
         f"{record['model']['parameters']:,}",
         record["corpus"]["name"],
         config["recipe"],

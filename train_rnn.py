@@ -11,17 +11,7 @@ RECIPES = {
         "nlayers": 1,
         "dropout": 0.5,
         "tied": True,
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "clip": 0.1,
-        "batch_size": 64,
-        "bptt": 100,
-        "epochs": 100,
-        "schedule": "plateau",
-        "plateau_factor": 0.5,
-        "plateau_patience": 5,
-        "plateau_threshold": 1e-4,
-        "log_interval": 100,
+        **cli.PORT_TRAINING,
     },
     # pytorch/examples, word_language_model/main.py
     "example": {
@@ -54,7 +44,6 @@ def build_parser():
     group.add_argument("--nhid", type=cli.positive_int, help="hidden units of each layer")
     group.add_argument("--nlayers", type=cli.positive_int, help="recurrent layers")
     group.add_argument("--dropout", type=cli.probability, help="of embedded words, between layers and of the output")
-    group.add_argument("--tied", action=cli.BooleanOptionalAction, help="embedding and softmax share one matrix")
     group.add_argument("--loop", action="store_true", help="a Python loop over cells instead of the library's kernel")
     group.add_argument("--cudnn", dest="loop", action="store_false", help="the library's kernel, as without --loop")
     return parser
@@ -68,6 +57,7 @@ def model_config(args, vocab_size):
         "core": core,
         "vocab_size": vocab_size,
         "tied": args.tied,
+        "cutoffs": args.cutoffs,
         "dropouti": args.dropout,
         "dropout": args.dropout,
     }

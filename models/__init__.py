@@ -4,18 +4,19 @@ Axes in every docstring: T time, B batch, E embedding, H hidden, V vocabulary. T
 """
 
 from .language_model import LanguageModel, ModelError
+from .rmc import RMC, RelationalMemory
 from .rnn import RNN
 
-CORES = {"rnn": RNN}
+CORES = {"rmc": RMC, "rnn": RNN}
 
-__all__ = ["CORES", "RNN", "LanguageModel", "ModelError", "build"]
+__all__ = ["CORES", "RMC", "RNN", "LanguageModel", "ModelError", "RelationalMemory", "build"]
 
 
 def build(config):
     """The LanguageModel that a plain dictionary describes; checkpoints keep this dictionary.
 
     config: {"family": a key of CORES, "core": the arguments of that core, and those of LanguageModel
-        ("vocab_size", "tied", "dropouti", "dropout")}.
+        ("vocab_size", "tied", "dropouti", "dropout", "cutoffs")}.
 
     Raises ModelError for an unknown family or sizes that do not fit each other.
     """

@@ -1,13 +1,26 @@
 """Embedding -> core -> head: the language model that every family shares."""
 
+import itertools
+
 from torch import nn
 from torch.nn import functional
 
-from .softmax import IGNORE, FullSoftmax
+from .softmax import IGNORE, AdaptiveSoftmax, FullSoftmax
 
 
 class ModelError(Exception):
     """Sizes or names that can't make a model; the message is one line: expected, got, what to do."""
+
+
+def check_cutoffs(cutoffs, vocab_size):
+    """Raises ModelError unless 0 < cutoffs, increasing, < vocab_size."""
+    bounds = [0, *cutoffs, vocab_size]
+    if not cutoffs or any(low >= high for low, high in itertools.pairwise(bounds)):
+        shown = " ".join(map(str, cutoffs)) or "none"
+        raise ModelError(
+            f"--cutoffs must increase, be above 0 and below the vocabulary's {vocab_size}, got {shown}; "
+            f"leave them out for cutoffs that fit"
+        )
 
 
 class LanguageModel(nn.Module):
@@ -16,13 +29,19 @@ class LanguageModel(nn.Module):
     vocab_size: V. core: a module with input_size, output_size, initial_state(B) and
     (x (T, B, E), state) -> (output (T, B, H), state), state a tuple of tensors with B at dim 1.
     tied: head and embedding share one matrix. dropouti: on the embedded words. dropout: on the core's output.
-    Embedding and head start uniform in +-0.1, as in word_language_model.
+    cutoffs: of an adaptive softmax, which has weights of its own; None for the full one.
+    Embedding and full head start uniform in +-0.1, as in word_language_model.
 
-    Raises ModelError when tied and the core's input and output sizes differ.
+    Raises ModelError when tied and the core's input and output sizes differ, or the softmax is adaptive; for cutoffs
+    that do not increase from above 0 to below V.
     """
 
-    def __init__(self, vocab_size, core, tied, dropouti=0.0, dropout=0.0):
+    def __init__(self, vocab_size, core, tied, dropouti=0.0, dropout=0.0, cutoffs=None):
         super().__init__()
+        if cutoffs is not None:
+            check_cutoffs(cutoffs, vocab_size)
+            if tied:
+                raise ModelError("an adaptive softmax has weights of its own: give --no-tied beside --adaptivesoftmax")
         if tied and core.input_size != core.output_size:
             raise ModelError(
                 f"tied weights need equal sizes: the embedding has {core.input_size} features, the output "
@@ -31,7 +50,10 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, core.input_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         self.core = core
-        self.head = FullSoftmax(core.output_size, vocab_size, self.embedding.weight if tied else None)
+        if cutoffs is None:
+            self.head = FullSoftmax(core.output_size, vocab_size, self.embedding.weight if tied else None)
+        else:
+            self.head = AdaptiveSoftmax(core.output_size, vocab_size, cutoffs)
         self.vocab_size, self.dropouti, self.dropout = vocab_size, dropouti, dropout
 
     def initial_state(self, batch_size):

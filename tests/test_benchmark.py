@@ -264,6 +264,8 @@ PARAMETERS = {
     "Elman tanh, port": 33278 * 301 + 300 * 602,
     "LSTM, example": 13987678,
     "LSTM tied, example": 13987678 - 33278 * 200,
+    "RMC, paper's form": 11842622,
+    "RMC, port's form": 10667072,
 }
 
 
@@ -274,5 +276,5 @@ def test_candidates_are_what_their_names_say(name):
     args, _ = cli.parse_training(module.build_parser(), module.RECIPES, flags.split())
     with torch.device("meta"):
         model = build(module.model_config(args, 33278))
-    assert model.num_params() == PARAMETERS.get(name, model.num_params())
+    assert model.num_params() == PARAMETERS[name]
     assert getattr(model.core, "loop", False) == ("loop" in name)

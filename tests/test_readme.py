@@ -12,10 +12,14 @@ from conftest import ROOT
 import benchmark
 import evaluate
 import generate
+import train_rmc
 import train_rnn
 from data import prepare, pydocs
 
-SMALL = ["--emsize=11", "--nhid=11", "--nlayers=1", "--batch-size=20", "--bptt=11", "--threads=1"]
+BATCHES = ["--batch-size=20", "--bptt=11", "--threads=1"]
+SMALL = ["--emsize=17", "--nhid=17", "--nlayers=1", *BATCHES]
+SMALL_RMC = ["--emsize=17", "--headsize=5", "--numheads=3", "--keysize=2", *BATCHES]
+TRAINED = {"train_rnn.py": (train_rnn, SMALL), "train_rmc.py": (train_rmc, SMALL_RMC)}
 
 
 def commands():
@@ -24,10 +28,11 @@ def commands():
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def check_training(argv, out):
+def check_training(script, argv, out):
     """Trains with the flags shown, at a small size; perplexity is printed, a checkpoint written, updates made."""
-    resumed = "--resume" in argv
-    record = train_rnn.main([flag for flag in argv if flag != "--cuda"] + ([] if resumed else [*SMALL, "--epochs=2"]))
+    small = [] if "--resume" in argv else [*TRAINED[script][1], "--epochs=2"]
+    small += ["--cutoffs", "10", "100"] if "--cutoffs" in argv else []
+    record = TRAINED[script][0].main([flag for flag in argv if flag != "--cuda"] + small)
     assert sum(epoch["batches"] for epoch in record["history"]["epochs"]) >= 2
     assert record["results"]["test"]["batch_size"] == 1
     assert re.search(r"End of training \| test loss +[\d.]+ \| test ppl +[\d.]+", out())
@@ -54,10 +59,10 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
     if argv[0] == "table":
         name = argv[1]
         benchmark.main([*argv, "--results", str(tmp_path)])
-        assert "| LSTM 1x11" in (tmp_path / f"{name}.md").read_text()
+        assert "| LSTM 1x17" in (tmp_path / f"{name}.md").read_text()
     else:
         small = " ".join(["", *SMALL])
-        candidates = {name: (module, flags + small) for name, (module, flags) in benchmark.CANDIDATES.items()}
+        candidates = {n: (m, flags + small) for n, (m, flags) in benchmark.CANDIDATES.items() if m is train_rnn}
         monkeypatch.setattr(benchmark, "CANDIDATES", candidates)
         benchmark.main([*argv, "--rounds", "2", "--vocab-size", "31"])
         assert len(re.findall(r"\| LSTM", out())) >= 2
@@ -99,8 +104,8 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folde
         elif argv[:2] == ["-m", "data.prepare"]:
             check_prepare(argv[2:], out, corpus_folder(argv[2]))
             small_splits(tmp_path / "data" / argv[2])
-        elif argv[0] == "train_rnn.py":
-            check_training(argv[1:], out)
+        elif argv[0] in TRAINED:
+            check_training(argv[0], argv[1:], out)
         elif argv[0] == "generate.py":
             check_generate(argv[1:], out)
         elif argv[0] == "evaluate.py":

@@ -1,8 +1,8 @@
 """Devices, allocator, precision, random numbers and clocks, with stand-ins for the GPU."""
 
+import copy
 import ctypes
 import io
-import math
 import platform
 import resource
 import subprocess
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import UserError, runtime
+from models import build
+from utils import UserError, runtime, trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -218,13 +219,13 @@ def test_describe(gpu, monkeypatch):
 
 
 def test_peak_memory(monkeypatch):
-    """In MiB: what the GPU's allocator says; for a process what the system does, in KiB or on macOS in bytes."""
+    """In MiB: what the GPU's allocator says; of a process what the system does, in KiB or on macOS in bytes."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 << 20)
     assert runtime.peak_memory(CUDA) == 7
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        assert math.isclose(runtime.peak_memory(CPU), int(lines["VmHWM"].split()[0]) / 1024, rel_tol=0.01)
+        assert runtime.peak_memory(CPU) > 0.99 * int(lines["VmHWM"].split()[0]) / 1024
     monkeypatch.setattr(resource, "getrusage", lambda who: Namespace(ru_maxrss=11 << 20))
     for system, mebibytes in (("linux", 11 << 10), ("darwin", 11)):
         monkeypatch.setattr(sys, "platform", system)
@@ -249,3 +250,55 @@ def test_importing_everything_imports_no_cuda_package_and_no_plots():
     modules = set(done.stdout.split())
     assert {"train_rnn", "generate", "evaluate", "benchmark", "models.rnn", "utils.report", "data.prepare"} <= modules
     assert not modules & {"cupy", "cupy_backends", "pynvrtc", "matplotlib"}
+
+
+class InTurn(torch.nn.Module):
+    """What DataParallel(dim=1) does, without GPUs: every tensor split along dim 1, one call a part, results joined."""
+
+    def __init__(self, module, parts):
+        super().__init__()
+        self.module, self.parts = module, parts
+
+    def forward(self, tokens, targets, state):
+        split = zip(*(tensor.chunk(self.parts, 1) for tensor in (tokens, targets, *state)), strict=True)
+        results = [self.module(part[0], part[1], part[2:]) for part in split]
+        loss, regularizer, count, states = zip(*results, strict=True)
+        joined = tuple(torch.cat(parts, 1) for parts in zip(*states, strict=True))
+        return torch.cat(loss, 1), torch.cat(regularizer, 1), torch.cat(count, 1), joined
+
+
+@pytest.mark.parametrize("config", ["LSTM", "RMC", "RMC adaptive"])
+def test_a_step_on_several_devices_equals_one_on_one(config):
+    """Loss, count, gradient norm, state and updated weights; a target paired with another column's word would show."""
+    torch.manual_seed(0)
+    core = {"model": "LSTM", "emsize": 5, "nhid": 7, "nlayers": 2} if config == "LSTM" else {"emsize": 5, "headsize": 3}
+    family = {"family": "rnn" if config == "LSTM" else "rmc", "core": core}
+    cutoffs = [3, 7] if config == "RMC adaptive" else None
+    whole = build({**family, "vocab_size": 13, "tied": False, "cutoffs": cutoffs}).double()
+    parts = copy.deepcopy(whole)
+    tokens, targets = torch.randint(13, (2, 3, 12))
+    args = Namespace(amp="off", clip=0.1)
+    results = []
+    for model, stepped in ((whole, whole), (parts, InTurn(parts, 3))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        clock = runtime.Clock(torch.device("cpu"))
+        state = model.initial_state(12)
+        results.append(trainer.training_step(stepped, optimizer, tokens, targets, state, args, clock)[:4])
+    (loss, count, norm, state), (loss_2, count_2, norm_2, state_2) = results
+    assert count == count_2 == 36
+    torch.testing.assert_close((loss, norm, *state), (loss_2, norm_2, *state_2), rtol=1e-10, atol=0)
+    for (name, ours), theirs in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 1e-10 * ours.norm(), name
+
+
+def test_several_gpus_get_replicas_along_dim_1(monkeypatch):
+    """DataParallel where there is more than one GPU, the model itself elsewhere."""
+    model = torch.nn.Linear(2, 2)
+    assert runtime.data_parallel(model, torch.device("cpu")) == (model, 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert runtime.data_parallel(model, torch.device("cuda")) == (model, 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    made = []
+    monkeypatch.setattr(torch.nn, "DataParallel", lambda *args, **kwargs: made.append((args, kwargs)) or "replicas")
+    assert runtime.data_parallel(model, torch.device("cuda")) == ("replicas", 3)
+    assert made == [((model,), {"dim": 1})]

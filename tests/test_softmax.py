@@ -1,4 +1,4 @@
-"""The full softmax against sums in float64, written out target by target."""
+"""The full softmax against sums in float64, written out target by target; the adaptive one against torch's."""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.softmax import IGNORE, FullSoftmax
+from models.language_model import check_cutoffs
+from models.softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, default_cutoffs
 
 STEPS, BATCH, NHID, WORDS = 5, 3, 7, 19
 
@@ -139,3 +140,70 @@ def test_own_weights_start_uniform_and_a_shared_one_is_the_same_parameter():
     assert shared.weight is weight
     assert torch.equal(weight, before)
     assert [name for name, _ in shared.named_parameters()] == ["weight", "bias"]
+
+
+ADAPTIVE = [(13, [3, 7]), (29, [2]), (31, [5, 6, 30])]
+
+
+def adaptive(vocab_size, cutoffs):
+    """An adaptive head over 11 features in float64, and torch's own with the same weights."""
+    torch.manual_seed(4)
+    head = AdaptiveSoftmax(11, vocab_size, cutoffs).double()
+    return head, head.clusters
+
+
+@pytest.mark.parametrize(("vocab_size", "cutoffs"), ADAPTIVE, ids=str)
+def test_adaptive_equals_torch(vocab_size, cutoffs):
+    """Log probabilities, the loss of every word, every gradient, the hidden vectors' too."""
+    head, reference = adaptive(vocab_size, cutoffs)
+    hidden = torch.randn(vocab_size, 3, 11, dtype=torch.double, requires_grad=True)
+    targets = torch.arange(vocab_size)[:, None].expand(-1, 3)
+    log_probs = head.log_probs(hidden)
+    torch.testing.assert_close(log_probs.flatten(0, 1), reference.log_prob(hidden.flatten(0, 1)))
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(vocab_size, 3, dtype=torch.double))
+    loss = head.loss(hidden, targets)
+    theirs = -reference(hidden.flatten(0, 1), targets.flatten()).output.sum()
+    torch.testing.assert_close(loss, theirs)
+    torch.testing.assert_close(loss, -log_probs.gather(-1, targets[..., None]).sum())
+    names, parameters = zip(("hidden", hidden), *head.named_parameters(), strict=True)
+    expected = torch.autograd.grad(theirs, parameters)
+    for name, ours, gradient in zip(names, torch.autograd.grad(loss, parameters), expected, strict=True):
+        assert (ours - gradient).norm() <= 1e-12 * gradient.norm(), name
+
+
+def test_adaptive_does_not_score_ignored_targets_and_gives_unused_tails_a_gradient():
+    """Only words of the head occur: the tails' gradients are zeros, not absent."""
+    head, _ = adaptive(13, [3, 7])
+    hidden = torch.randn(5, 2, 11, dtype=torch.double)
+    targets = torch.tensor([[0, 2], [1, IGNORE], [IGNORE, IGNORE], [2, 2], [0, 1]])
+    scored = targets != IGNORE
+    expected = -head.log_probs(hidden)[scored].gather(-1, targets[scored][:, None]).sum()
+    loss = head.loss(hidden, targets)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()) == ("tail" not in name), name
+
+
+def test_adaptive_under_bfloat16():
+    """Products in bfloat16, sums and the loss in float32, a gradient for every weight."""
+    torch.manual_seed(0)
+    head = AdaptiveSoftmax(32, 101, [10, 40])
+    hidden, targets = torch.randn(17, 3, 32), torch.randint(101, (17, 3))
+    exact = head.loss(hidden, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head.loss(hidden, targets)
+        log_probs = head.log_probs(hidden)
+    assert loss.dtype == log_probs.dtype == torch.float32
+    assert abs(loss - exact) < 0.01 * exact
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("vocab_size", [3, 7, 29, 10_000, 33_278, 267_735])
+def test_default_cutoffs_fit(vocab_size):
+    """Whatever the vocabulary, torch takes them."""
+    cutoffs = default_cutoffs(vocab_size)
+    check_cutoffs(cutoffs, vocab_size)
+    assert cutoffs == sorted(set(cutoffs)) and (vocab_size < 50 or cutoffs == [vocab_size // 25, vocab_size // 5])

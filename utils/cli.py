@@ -11,6 +11,8 @@ import torch
 
 from data import Corpus, CorpusError, find_corpus
 from models import ModelError
+from models.language_model import check_cutoffs
+from models.softmax import default_cutoffs
 
 from . import TrainingError, UserError, checkpoint, optim, report
 from .report import RunFolder
@@ -19,6 +21,22 @@ MAY_CHANGE = ("epochs", "max_minutes", "log_interval", "threads")
 """Flags that --resume lets differ (epochs not under one-cycle; other threads give up bit equality)."""
 LOCATORS = ("data", "runs_dir", "resume", "name")
 """Flags that say where things are; the corpus is compared by its checksums."""
+
+
+PORT_TRAINING = {
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "clip": 0.1,
+    "batch_size": 64,
+    "bptt": 100,
+    "epochs": 100,
+    "schedule": "plateau",
+    "plateau_factor": 0.5,
+    "plateau_patience": 5,
+    "plateau_threshold": 1e-4,
+    "log_interval": 100,
+}
+"""How L0SG/relational-rnn-pytorch trains, in train_rnn.py and train_rmc.py alike; for the scripts' recipes."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,7 +88,7 @@ seed_number = number(int, 0, 2**63 - 1)
 def training_parser(description):
     """A parser with the flags that every train script has."""
     parser = Parser(description=description)
-    for add in (add_data, add_training, add_run, add_runtime):
+    for add in (add_data, add_softmax, add_training, add_run, add_runtime):
         add(parser)
     return parser
 
@@ -91,6 +109,20 @@ def add_data(parser):
         help="types of all three splits, as the papers count them, or of the training split, others become <unk>",
     )
     group.add_argument("--vocab-size", type=number(int, 3), metavar="N", help="keep the N most frequent types")
+
+
+def add_softmax(parser):
+    """--adaptivesoftmax, --cutoffs, --tied: the head, as all families have it."""
+    group = parser.add_argument_group("softmax")
+    group.add_argument("--tied", action=BooleanOptionalAction, help="embedding and softmax share one matrix")
+    group.add_argument("--adaptivesoftmax", action="store_true", help="rare words in clusters, for large vocabularies")
+    group.add_argument(
+        "--cutoffs",
+        type=positive_int,
+        nargs="*",
+        metavar="ID",
+        help="where the clusters of --adaptivesoftmax start; derived from the vocabulary if not given",
+    )
 
 
 def add_training(parser):
@@ -180,24 +212,37 @@ def parse_training(parser, recipes, argv=None, family=None):
     parser.add_argument("--recipe", choices=tuple(recipes), default=early.recipe, help="published set of defaults")
     parser.set_defaults(**{**recipes[early.recipe], "schedule": None})
     args = parser.parse_args(argv)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), _Absent))))
+    given = {flag: value for flag, value in given.items() if value is not _Absent}
     resumed = None
     if args.resume is not None:
-        args, resumed = _resumed(parser, argv, early, args, family)
-    elif args.schedule is None:
-        args.schedule = "step" if args.decay != 1 else recipes[args.recipe].get("schedule", "constant")
-    if args.decay != 1 and args.schedule != "step":
-        parser.error(f"--decay goes with --schedule step, got --schedule {args.schedule}")
+        args, resumed = _resumed(parser, given, early, args, family)
+    else:
+        _settle(parser, given, args, recipes[args.recipe])
     args.argv = list(argv)
     return args, resumed
 
 
-def _resumed(parser, argv, early, args, family):
+def _settle(parser, given, args, recipe):
+    """Settle what one flag means for another: the schedule that --decay asks for, the tying that is not adaptive."""
+    if args.schedule is None:
+        args.schedule = "step" if args.decay != 1 else recipe.get("schedule", "constant")
+    if args.decay != 1 and args.schedule != "step":
+        parser.error(f"--decay goes with --schedule step, got --schedule {args.schedule}")
+    if args.cutoffs is not None and not args.adaptivesoftmax:
+        parser.error("--cutoffs goes with --adaptivesoftmax, which was not given")
+    if args.adaptivesoftmax and args.tied:
+        if given.get("tied"):
+            parser.error("--tied and --adaptivesoftmax exclude each other: an adaptive softmax has weights of its own")
+        report.say("adaptive softmax: its weights are its own, the recipe's --tied gives way")
+        args.tied = False
+
+
+def _resumed(parser, given, early, args, family):
     folder = resumed_folder(early.resume, early.runs_dir)
     resumed = checkpoint.load(folder.last)
     checkpoint.expect_family(resumed, folder.last, [family])
     saved = resumed["args"]
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), _Absent))))
-    given = {flag: value for flag, value in given.items() if value is not _Absent}
     free = set(MAY_CHANGE) | set(LOCATORS)
     if saved["schedule"] == "onecycle":
         free.discard("epochs")
@@ -225,8 +270,17 @@ def resumed_folder(run, runs_dir):
 
 
 def load_corpus(args):
-    """The corpus that --data, --vocab and --vocab-size name. Raises CorpusError."""
-    return Corpus.load(find_corpus(args.data), args.vocab, args.vocab_size, notice=report.say)
+    """The corpus that --data, --vocab and --vocab-size name; sets --cutoffs where they are to be derived from it.
+
+    Raises CorpusError, and ModelError for cutoffs that do not fit the vocabulary.
+    """
+    corpus = Corpus.load(find_corpus(args.data), args.vocab, args.vocab_size, notice=report.say)
+    if args.adaptivesoftmax:
+        if args.cutoffs is None:
+            args.cutoffs = default_cutoffs(len(corpus.vocabulary))
+        check_cutoffs(args.cutoffs, len(corpus.vocabulary))
+        report.say(f"adaptive softmax: cutoffs {' '.join(map(str, args.cutoffs))}")
+    return corpus
 
 
 def run(main):

@@ -67,6 +67,16 @@ def describe(device):
     return f"cpu ({platform.processor() or platform.machine()})"
 
 
+def data_parallel(model, device):
+    """The model to take training steps with: on several GPUs its replicas, each with a part of the columns.
+
+    Everything is split and put together along dim 1, where every tensor has its batch; losses and counts come back as
+    (1, number of GPUs). The second value is the number of parts.
+    """
+    parts = torch.cuda.device_count() if device.type == "cuda" else 1
+    return (torch.nn.DataParallel(model, dim=1) if parts > 1 else model), parts
+
+
 def autocast(device, amp):
     """Mixed precision for a `with`: amp "bf16" computes products in bfloat16, "off" changes nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")

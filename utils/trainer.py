@@ -45,14 +45,21 @@ def _fit(args, corpus, config, resumed, device, machine):
         raise UserError(f"--resume {args.resume}: the text of {args.data} is not what the run was trained on")
     torch.manual_seed(args.seed)
     model = build(config).to(device)
-    stream = columns(corpus.train, args.batch_size).to(device)
+    replicas, parts = runtime.data_parallel(model, device)
+    stream = columns(corpus.train, args.batch_size)
+    if args.batch_size % parts:
+        stream = stream[:, : args.batch_size // parts * parts]
+        report.say(f"| {stream.shape[1]} of {args.batch_size} columns are used, so that {parts} GPUs have equal parts")
+    if not stream.shape[1]:
+        raise UserError(f"--batch-size {args.batch_size} is less than the {parts} GPUs: give each at least one column")
+    stream = stream.to(device)
     if resumed is None:
         folder = RunFolder.create(args.runs_dir, args.name)
         args.name = folder.path.name
     else:
         folder = RunFolder(Path(args.runs_dir) / args.name)
     with report.closing_logs(folder):
-        run = Trainer(args, corpus, config, model, stream, folder, device)
+        run = Trainer(args, corpus, config, model, replicas, stream, folder, device)
         folder.open_logs(resumed and resumed["position"]["log_sizes"])
         if resumed is None:
             folder.log(f"| {report.command(args.argv)}", "train")
@@ -118,18 +125,19 @@ def training_step(model, optimizer, tokens, targets, state, args, clock):
 class Trainer:
     """One run: model, optimizer, schedule, and where it stands.
 
+    replicas is what takes training steps: the model, or its copies on several GPUs.
     epoch counts from 1; batch is the number of windows done in it; state is carried from window to window.
     """
 
-    def __init__(self, args, corpus, config, model, stream, folder, device):
+    def __init__(self, args, corpus, config, model, replicas, stream, folder, device):
         self.args, self.corpus, self.config, self.device = args, corpus, config, device
-        self.model, self.stream, self.folder = model, stream, folder
+        self.model, self.replicas, self.stream, self.folder = model, replicas, stream, folder
         self.optimizer = optim.build_optimizer(args, model.parameters())
         self.schedule = optim.build_schedule(args, self.optimizer)
         self.clock = runtime.Clock(device)
         self.batches = num_windows(stream, args.bptt)
         self.epoch, self.batch, self.seconds = 1, 0, 0.0
-        self.state = model.initial_state(args.batch_size)
+        self.state = model.initial_state(stream.shape[1])
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.timing = {"ms": 0.0, "forward_ms": 0.0, "batches": 0}
         self.history = self.shown = {"epochs": [], "points": []}
@@ -153,8 +161,8 @@ class Trainer:
 
     def train_epoch(self, interrupted):
         """The windows of the epoch that are left; sets status when it has to stop before the end."""
-        args, model = self.args, self.model
-        model.train()
+        args = self.args
+        self.model.train()
         marks = [self.clock.mark()]
         bar = tqdm(total=self.batches, initial=self.batch, desc=f"epoch {self.epoch}", leave=False, disable=None)
         with bar:
@@ -162,7 +170,7 @@ class Trainer:
                 self.schedule.start_batch(self.epoch, self.progress())
                 start = self.clock.mark()
                 loss, count, norm, self.state, forward = training_step(
-                    model, self.optimizer, tokens, targets, self.state, args, self.clock
+                    self.replicas, self.optimizer, tokens, targets, self.state, args, self.clock
                 )
                 self.batch += 1
                 self.add(loss, count, norm)
@@ -268,7 +276,7 @@ class Trainer:
             self.history["epochs"].append(entry)
             self.schedule.end_epoch(score.loss)
             self.epoch, self.batch = self.epoch + 1, 0
-            self.state = self.model.initial_state(self.args.batch_size)
+            self.state = self.model.initial_state(self.stream.shape[1])
             self.sums.zero_()
             self.timing = dict.fromkeys(self.timing, 0)
         if improved:

@@ -1,0 +1,189 @@
+"""The Relational Memory Core of Santoro et al. 2018 (arXiv 1806.01822), in both forms that results were published for.
+
+Axes as everywhere, and S memory slots, R = S + 1 rows (the slots, then the input), N heads, K key size, D head size,
+F = N * D features of a row.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+GATE_STYLES = ("unit", "memory", "none")
+VARIANTS = ("paper", "port")
+
+
+class RelationalMemory(nn.Module):
+    """A memory whose rows attend to each other and to the input at every step: output, memory = rmc(x, memory).
+
+    With x' = W_in x + b and M the memory before the step (section 3 and appendix of the paper; where it leaves
+    something open, its authors' code, Sonnet v1's relational_memory.py):
+
+        for each block:
+            q, k, v = LN(W_qkv [M; x'])                    in each head; q and k of keysize, v of headsize
+            A = softmax(q k^T / sqrt(keysize)) v           the heads side by side
+            [M; x'] <- LN([M; x'] + A)
+            [M; x'] <- LN([M; x'] + MLP([M; x']))
+        i, f = sigmoid(W_x x' + W_M tanh(M before) + bias)      equations 5 and 6; inputbias in i, forgetbias in f
+        M = i * tanh(M after the blocks) + f * M before         equation 7; its rows side by side are the output
+
+    input_size: features of x. memslots, headsize, numheads, numblocks, attmlplayers: sizes. keysize: headsize if None.
+    forgetbias, inputbias: of the gates. gatestyle: "unit" gates every feature, "memory" every slot, "none" nothing: M
+    is then what the blocks give.
+    variant "paper": LN spans the features of one row (in W_qkv's case of all heads, queries, keys and values
+    together); each block has its own W_qkv and LN, the MLP's layers are distinct, shared by the blocks, with ReLU
+    between them; gate biases are constants; weights start from a normal of deviation 1/sqrt(inputs) cut at two
+    deviations, biases at 0.
+    variant "port", as L0SG/relational-rnn-pytorch has it: LN spans all rows and features of an example together, with
+    a gain for each; all weights are shared by the blocks; the MLP is one layer applied attmlplayers times with a ReLU
+    after each; gate biases are trained; weights start as torch starts them.
+
+    Deviations from both: none in the result. What depends on the input alone is computed for all T at once, and in the
+    paper's form the input row, which nothing reads after the last block, is left out there.
+    """
+
+    def __init__(
+        self,
+        input_size,
+        headsize,
+        numheads=1,
+        memslots=1,
+        numblocks=1,
+        attmlplayers=2,
+        keysize=None,
+        gatestyle="unit",
+        forgetbias=1.0,
+        inputbias=0.0,
+        variant="paper",
+    ):
+        super().__init__()
+        self.memslots, self.headsize, self.numheads, self.numblocks = memslots, headsize, numheads, numblocks
+        self.attmlplayers, self.keysize, self.gatestyle = attmlplayers, keysize or headsize, gatestyle
+        self.port = variant == "port"
+        self.input_size, self.mem_size = input_size, numheads * headsize
+        self.output_size = memslots * self.mem_size
+        features, qkv = self.mem_size, numheads * (2 * self.keysize + headsize)
+
+        def norms(size):
+            if self.port:
+                return nn.ModuleList([JointLayerNorm(memslots + 1, size)])
+            return nn.ModuleList(nn.LayerNorm(size) for _ in range(numblocks))
+
+        self.input_projector = nn.Linear(input_size, features)
+        self.qkv_projector = nn.ModuleList(nn.Linear(features, qkv) for _ in range(1 if self.port else numblocks))
+        self.qkv_norm, self.attention_norm, self.mlp_norm = norms(qkv), norms(features), norms(features)
+        self.mlp = nn.ModuleList(nn.Linear(features, features) for _ in range(1 if self.port else attmlplayers))
+        if gatestyle != "none":
+            gates = 2 * (features if gatestyle == "unit" else 1)
+            self.input_gates, self.memory_gates = nn.Linear(features, gates), nn.Linear(features, gates)
+            bias = torch.tensor([inputbias, forgetbias])
+            if self.port:
+                self.gate_bias = nn.Parameter(bias)
+            else:
+                self.register_buffer("gate_bias", bias, persistent=False)
+        if not self.port:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    deviation = 1 / math.sqrt(module.in_features)
+                    nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+                    nn.init.zeros_(module.bias)
+
+    def initial_state(self, batch_size):
+        """The first S rows of the identity, cut or padded with zeros to F features, for each example: (S, B, F)."""
+        weight = self.input_projector.weight
+        memory = torch.eye(self.memslots, self.mem_size, dtype=weight.dtype, device=weight.device)
+        return memory[:, None].repeat(1, batch_size, 1)
+
+    def forward(self, x, memory):
+        """x (T, B, input_size), memory (S, B, F) -> output (T, B, S * F), memory (S, B, F) after the last step."""
+        x = self.input_projector(x)
+        x_qkv = self.qkv_projector[0](x)
+        if not self.port:
+            x_qkv = self.qkv_norm[0](x_qkv)
+        x_gates = [None] * len(x)
+        if self.gatestyle != "none":
+            x_gates = self.input_gates(x).unflatten(-1, (2, -1)) + self.gate_bias[:, None]
+            x_gates = x_gates.flatten(-2).unbind(0)
+        steps = []
+        for row, row_qkv, row_gates in zip(x.unbind(0), x_qkv.unbind(0), x_gates, strict=True):
+            memory = self._gate(self._attend_over(memory, row, row_qkv), memory, row_gates)
+            steps.append(memory)
+        return torch.stack(steps).transpose(1, 2).flatten(2), memory
+
+    def _attend_over(self, memory, row, row_qkv):
+        """The blocks: memory (S, B, F), the input's row (B, F) and its projection (B, N * (2K + D)) -> (S, B, F)."""
+        rows = torch.cat([memory, row[None]])
+        for block in range(self.numblocks):
+            own = 0 if self.port else block
+            project, qkv_norm = self.qkv_projector[own], self.qkv_norm[own]
+            if block > 0:
+                qkv = qkv_norm(project(rows))
+            elif self.port:
+                qkv = qkv_norm(torch.cat([project(memory), row_qkv[None]]))
+            else:
+                qkv = torch.cat([qkv_norm(project(memory)), row_qkv[None]])
+            if block + 1 == self.numblocks and not self.port:
+                rows = rows[: self.memslots]
+            rows = self.attention_norm[own](rows + self._attention(qkv, len(rows)))
+            rows = self.mlp_norm[own](rows + self._mlp(rows))
+        return rows[: self.memslots]
+
+    def _attention(self, qkv, queries):
+        """Projections (R, B, N * (2K + D)) -> what the first `queries` rows attend to, (queries, B, F)."""
+        sizes = (self.keysize, self.keysize, self.headsize)
+        q, k, v = qkv.unflatten(-1, (self.numheads, -1)).split(sizes, dim=-1)
+        scores = torch.einsum("qbnk,rbnk->bnqr", q[:queries], k) / math.sqrt(self.keysize)
+        return torch.einsum("bnqr,rbnd->qbnd", scores.softmax(-1), v).flatten(2)
+
+    def _mlp(self, rows):
+        """(R, B, F) -> (R, B, F)."""
+        for layer in range(self.attmlplayers):
+            if layer > 0 and not self.port:
+                rows = torch.relu(rows)
+            rows = self.mlp[0 if self.port else layer](rows)
+            if self.port:
+                rows = torch.relu(rows)
+        return rows
+
+    def _gate(self, new, memory, row_gates):
+        """What of `new` comes in and what of `memory` stays, both (S, B, F); row_gates (B, 2F), (B, 2) or None."""
+        if self.gatestyle == "none":
+            return new
+        i, f = (row_gates + self.memory_gates(torch.tanh(memory))).chunk(2, dim=-1)
+        return torch.sigmoid(i) * torch.tanh(new) + torch.sigmoid(f) * memory
+
+
+class JointLayerNorm(nn.Module):
+    """Layer norm over all rows and features of an example together: x (R, B, F), a gain and a bias for each (R, F)."""
+
+    def __init__(self, rows, features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(rows, 1, features))
+        self.bias = nn.Parameter(torch.zeros(rows, 1, features))
+
+    def forward(self, x):
+        """(R, B, F) -> (R, B, F)."""
+        variance, mean = torch.var_mean(x, dim=(0, 2), correction=0, keepdim=True)
+        return (x - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
+
+
+class RMC(nn.Module):
+    """The core of the RMC language model: RelationalMemory, its output projected to the embedding size.
+
+    emsize: E. The other arguments are RelationalMemory's. State: (memory,), memory (S, B, F).
+    """
+
+    def __init__(self, emsize, **memory):
+        super().__init__()
+        self.memory = RelationalMemory(emsize, **memory)
+        self.projector = nn.Linear(self.memory.output_size, emsize)
+        self.input_size = self.output_size = emsize
+
+    def initial_state(self, batch_size):
+        """(memory,): the identity's first rows, (S, B, F)."""
+        return (self.memory.initial_state(batch_size),)
+
+    def forward(self, x, state):
+        """x (T, B, E), state -> output (T, B, E), state after the last step in its dtype."""
+        output, memory = self.memory(x, state[0])
+        return self.projector(output), (memory.to(state[0].dtype),)
