@@ -26,9 +26,10 @@ RULE = "-" * 89
 
 
 def say(line=""):
-    """Print a line; a progress bar on the terminal stays below it."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """Print a line; a progress bar on the terminal stays below it. Of torchrun's processes only the first prints."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def progress(sequence, label):
@@ -117,6 +118,28 @@ class RunFolder:
         if history["epochs"]:
             write_metrics(self.path / "metrics.csv", history["epochs"])
             draw_curves(self.path / "curves.png", history, self.path.name)
+
+
+class NoFolder:
+    """Stands in for the run folder in the processes of torchrun that write nothing."""
+
+    best = last = None
+
+    def open_logs(self, sizes=None):
+        """Nothing."""
+
+    def log_sizes(self):
+        """No logs."""
+        return {}
+
+    def log(self, line, *names):
+        """Nothing."""
+
+    def write(self, record, history):
+        """Nothing."""
+
+    def close(self):
+        """Nothing."""
 
 
 @contextmanager
@@ -242,7 +265,7 @@ def draw_curves(path, history, title):
     top.legend(loc="upper right")
     rates = [(p[0], p[2]) for p in points] or [(end, e["lr"]) for end, e in zip(ends, epochs, strict=True)]
     bottom.plot([x for x, _ in rates], [lr for _, lr in rates], color="C1", drawstyle="steps-post", marker=".")
-    bottom.set(xlabel="epoch", ylabel="learning rate", xlim=(0, None))
+    bottom.set(xlabel="epoch", ylabel="learning rate", xlim=(0, ends[-1] * 1.06))
     bottom.set_ylim(0, None)
     bottom.grid(color="0.92")
     with atomic_write(path) as file:
