@@ -1,9 +1,11 @@
 """Every command that README.md shows is run, in order, at reduced size, and its output checked."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -36,6 +38,16 @@ def check_training(script, argv, out):
     assert sum(epoch["batches"] for epoch in record["history"]["epochs"]) >= 2
     assert record["results"]["test"]["batch_size"] == 1
     assert re.search(r"End of training \| test loss +[\d.]+ \| test ppl +[\d.]+", out())
+
+
+def check_torchrun(argv):
+    """Two processes train, one prints."""
+    script = next(i for i, word in enumerate(argv) if word in TRAINED)
+    small = [*argv[:script], str(ROOT / argv[script]), *argv[script + 1 :], *TRAINED[argv[script]][1], "--epochs=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--master_port=29631", *small]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stdout.count("End of training") == 1, run.stderr
 
 
 def check_generate(argv, out):
@@ -104,6 +116,8 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folde
         elif argv[:2] == ["-m", "data.prepare"]:
             check_prepare(argv[2:], out, corpus_folder(argv[2]))
             small_splits(tmp_path / "data" / argv[2])
+        elif program == "torchrun":
+            check_torchrun(argv)
         elif argv[0] in TRAINED:
             check_training(argv[0], argv[1:], out)
         elif argv[0] == "generate.py":

@@ -4,10 +4,12 @@ import argparse
 import errno
 import math
 import os
+import re
 import sys
 from argparse import BooleanOptionalAction
 
 import torch
+import torch.distributed as dist
 
 from data import Corpus, CorpusError, find_corpus
 from models import ModelError
@@ -21,6 +23,8 @@ MAY_CHANGE = ("epochs", "max_minutes", "log_interval", "threads")
 """Flags that --resume lets differ (epochs not under one-cycle; other threads give up bit equality)."""
 LOCATORS = ("data", "runs_dir", "resume", "name")
 """Flags that say where things are; the corpus is compared by its checksums."""
+LOST_PROCESS = re.compile("gloo|nccl|connection (closed|reset)", re.IGNORECASE)
+"""What torch says in the other processes when one of a run has died."""
 
 
 PORT_TRAINING = {
@@ -295,6 +299,10 @@ def run(main):
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ", 1)[0]
         sys.exit(_fail(prog, f"{first}; use a smaller --batch-size or --bptt", 2))
+    except RuntimeError as error:
+        if not (dist.is_initialized() and LOST_PROCESS.search(str(error))):
+            raise
+        sys.exit(_fail(prog, "another process of this run is gone; see its message, then --resume the run", 1))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -25,6 +25,9 @@ def setup(args):
             f"or install a torch built for CUDA and its driver"
         )
     device = torch.device("cuda" if args.cuda else "cpu")
+    if args.cuda and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if args.threads:
         torch.set_num_threads(args.threads)
     kept = args.tune_allocator and keep_memory()

@@ -14,12 +14,14 @@ from data.batching import columns, num_windows, windows
 from models import build
 
 from . import TrainingError, UserError, checkpoint, optim, report, runtime
-from .evaluation import detach, evaluate, perplexity
+from .distributed import Processes
+from .evaluation import Score, detach, evaluate, perplexity
 from .report import RULE, RunFolder
 
 SUMS = ("loss", "count", "epoch_loss", "epoch_count", "bad_step", "bad_norm")
 """Kept on the device: loss and targets since the last log line and in this epoch; first non-finite batch and norm."""
 
+STATUSES = ("running", "dry-run", "max-minutes", "interrupted")
 DECISIVE = ("optimizer", "lr", "momentum", "schedule", "clip", "wdecay", "epochs", "batch_size", "bptt", "dropout")
 DECISIVE += ("tied", "seed", "vocab", "vocab_size", "eval_batch", "amp")
 
@@ -45,21 +47,26 @@ def _fit(args, corpus, config, resumed, device, machine):
         raise UserError(f"--resume {args.resume}: the text of {args.data} is not what the run was trained on")
     torch.manual_seed(args.seed)
     model = build(config).to(device)
+    processes = Processes(device)
     replicas, parts = runtime.data_parallel(model, device)
+    if processes.size > 1:
+        replicas, parts = processes.replicate(model), processes.size
     stream = columns(corpus.train, args.batch_size)
     if args.batch_size % parts:
         stream = stream[:, : args.batch_size // parts * parts]
-        report.say(f"| {stream.shape[1]} of {args.batch_size} columns are used, so that {parts} GPUs have equal parts")
+        report.say(f"| {stream.shape[1]} of {args.batch_size} columns are used: {parts} equal parts")
     if not stream.shape[1]:
-        raise UserError(f"--batch-size {args.batch_size} is less than the {parts} GPUs: give each at least one column")
-    stream = stream.to(device)
-    if resumed is None:
+        raise UserError(f"--batch-size {args.batch_size} can't be split into {parts} parts: give each a column or more")
+    stream = processes.own_columns(stream).to(device)
+    if processes.rank > 0:
+        folder = report.NoFolder()
+    elif resumed is None:
         folder = RunFolder.create(args.runs_dir, args.name)
         args.name = folder.path.name
     else:
         folder = RunFolder(Path(args.runs_dir) / args.name)
     with report.closing_logs(folder):
-        run = Trainer(args, corpus, config, model, replicas, stream, folder, device)
+        run = Trainer(args, corpus, config, model, replicas, stream, folder, processes)
         folder.open_logs(resumed and resumed["position"]["log_sizes"])
         if resumed is None:
             folder.log(f"| {report.command(args.argv)}", "train")
@@ -68,10 +75,12 @@ def _fit(args, corpus, config, resumed, device, machine):
             folder.log(f"| recipe {args.recipe} | {recipe_line(args)}", "train")
         else:
             run.restore(resumed)
-            report.say(f"| resumed {folder.path} at epoch {run.epoch}, batch {run.batch}")
-        report.say(f"| {machine}")
-        report.say(f"| run folder {folder.path}")
-        return run.run()
+            report.say(f"| resumed {Path(args.runs_dir) / args.name} at epoch {run.epoch}, batch {run.batch}")
+        report.say(f"| {machine}" + (f" | {processes.size} processes" if processes.size > 1 else ""))
+        report.say(f"| run folder {Path(args.runs_dir) / str(args.name)}")
+        record = run.run()
+        processes.leave()
+        return record
 
 
 def config_line(config):
@@ -129,16 +138,17 @@ class Trainer:
     epoch counts from 1; batch is the number of windows done in it; state is carried from window to window.
     """
 
-    def __init__(self, args, corpus, config, model, replicas, stream, folder, device):
-        self.args, self.corpus, self.config, self.device = args, corpus, config, device
+    def __init__(self, args, corpus, config, model, replicas, stream, folder, processes):
+        self.args, self.corpus, self.config = args, corpus, config
+        self.processes, self.device = processes, processes.device
         self.model, self.replicas, self.stream, self.folder = model, replicas, stream, folder
         self.optimizer = optim.build_optimizer(args, model.parameters())
         self.schedule = optim.build_schedule(args, self.optimizer)
-        self.clock = runtime.Clock(device)
+        self.clock = runtime.Clock(self.device)
         self.batches = num_windows(stream, args.bptt)
         self.epoch, self.batch, self.seconds = 1, 0, 0.0
         self.state = model.initial_state(stream.shape[1])
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         self.timing = {"ms": 0.0, "forward_ms": 0.0, "batches": 0}
         self.history = self.shown = {"epochs": [], "points": []}
         self.best = None
@@ -147,7 +157,10 @@ class Trainer:
         self.valid, self.test = corpus.valid[:limit], corpus.test[:limit]
 
     def run(self):
-        """Train until the epochs, the minutes or the user's patience are over; then evaluate the best checkpoint."""
+        """Train until the epochs, the minutes or the user's patience are over; then evaluate the best checkpoint.
+
+        Returns the run record; None in processes that are not the first.
+        """
         self.started = time.monotonic() - self.seconds
         self.first = (self.epoch - 1) * self.batches + self.batch
         self.began = time.monotonic()
@@ -155,17 +168,18 @@ class Trainer:
             while self.epoch <= self.args.epochs and self.status == "running":
                 self.train_epoch(interrupted)
                 self.end_epoch()
-                if self.status == "running" and interrupted():
+                if self.status == "running" and self.processes.any_of(interrupted()):
                     self.status = "interrupted"
-        return self.finish()
+        return self.finish() if self.processes.rank == 0 else None
 
     def train_epoch(self, interrupted):
         """The windows of the epoch that are left; sets status when it has to stop before the end."""
         args = self.args
         self.model.train()
         marks = [self.clock.mark()]
-        bar = tqdm(total=self.batches, initial=self.batch, desc=f"epoch {self.epoch}", leave=False, disable=None)
-        with bar:
+        hidden = True if self.processes.rank > 0 else None
+        label = f"epoch {self.epoch}"
+        with tqdm(total=self.batches, initial=self.batch, desc=label, leave=False, disable=hidden) as bar:
             for tokens, targets in windows(self.stream, args.bptt, self.batch):
                 self.schedule.start_batch(self.epoch, self.progress())
                 start = self.clock.mark()
@@ -208,17 +222,16 @@ class Trainer:
             raise TrainingError(
                 f"the loss or its gradient is not finite at step {step} (epoch {self.epoch}): "
                 f"lr {self.optimizer.param_groups[0]['lr']:g}, gradient norm {self.sums[5].item():g}; "
-                f"use a smaller --lr or --clip; the last good checkpoint, if any, is in {self.folder.path}"
+                f"use a smaller --lr or --clip; good checkpoints, if any, are in {self.args.runs_dir}/{self.args.name}"
             )
 
     def stop_reason(self, interrupted):
-        """Why training should stop after this batch, or "running"."""
+        """Why training should stop after this batch, or "running"; all processes agree."""
         self.seconds = time.monotonic() - self.started
-        if interrupted():
-            return "interrupted"
-        if self.args.max_minutes and self.seconds > self.args.max_minutes * 60:
-            return "max-minutes"
-        return "dry-run" if self.args.dry_run else "running"
+        late = self.args.max_minutes and self.seconds > self.args.max_minutes * 60
+        reasons = (True, self.args.dry_run, late, interrupted())
+        own = max(number for number, holds in enumerate(reasons) if holds)
+        return STATUSES[int(self.processes.any_of(own))]
 
     def account(self, marks):
         """Add the time of batches to the epoch's; returns (ms, forward ms) of them. marks: a mark, then pairs."""
@@ -235,7 +248,8 @@ class Trainer:
         elapsed, forward = self.account(marks)
         self.check_finite()
         timed = len(marks) - 1
-        loss = (self.sums[0] / self.sums[1]).item()
+        loss, count = self.processes.total(self.sums[:2]).tolist()
+        loss /= count
         lr = self.optimizer.param_groups[0]["lr"]
         done = (self.epoch - 1) * self.batches + self.batch
         left = (time.monotonic() - self.began) / (done - self.first) * (self.args.epochs * self.batches - done)
@@ -256,8 +270,7 @@ class Trainer:
         start = time.monotonic()
         lr = self.optimizer.param_groups[0]["lr"]
         partial = self.status != "running" and self.batch < self.batches
-        label = f"epoch {self.epoch} valid"
-        score = evaluate(self.model, self.valid, self.args.eval_batch, self.args.amp, label)
+        score = self.score_valid()
         self.seconds = time.monotonic() - self.started
         entry = self.entry(score, lr, partial, time.monotonic() - start)
         self.folder.log(RULE)
@@ -286,9 +299,16 @@ class Trainer:
         self.shown = {**self.history, "epochs": [*self.history["epochs"], *([entry] if partial else [])]}
         self.folder.write(self.record(), self.shown)
 
+    def score_valid(self):
+        """The Score of the validation split, computed by the first process."""
+        loss, columns = 0.0, self.args.eval_batch
+        if self.processes.rank == 0:
+            loss = evaluate(self.model, self.valid, columns, self.args.amp, f"epoch {self.epoch} valid").loss
+        return Score(self.processes.first_of(loss), len(self.valid) - 1, columns)
+
     def entry(self, score, lr, partial, valid_seconds):
         """One epoch for history and metrics.csv, plain values."""
-        loss, count = (self.sums[2:4]).tolist()
+        loss, count = self.processes.total(self.sums[2:4]).tolist()
         batches = max(1, self.timing["batches"])
         seconds = self.timing["ms"] / 1000
         return {
@@ -342,7 +362,8 @@ class Trainer:
         flags = {name: value for name, value in vars(self.args).items() if name != "argv"}
         return {
             "kind": "training",
-            "name": self.folder.path.name,
+            "name": self.args.name,
+            "processes": self.processes.size,
             "status": self.status,
             "command": report.command(self.args.argv),
             "config": flags,
@@ -366,6 +387,9 @@ class Trainer:
     def save(self, path):
         """Write a checkpoint of where training stands, unless that is not finite any more."""
         self.check_finite()
+        state, sums = self.processes.all_columns(self.state), self.processes.total(self.sums)
+        if self.processes.rank > 0:
+            return
         corpus = self.corpus
         checkpoint.save(
             path,
@@ -382,8 +406,8 @@ class Trainer:
                     "epoch": self.epoch,
                     "batch": self.batch,
                     "seconds": self.seconds,
-                    "state": self.state,
-                    "sums": self.sums,
+                    "state": state,
+                    "sums": sums,
                     "timing": self.timing,
                     "log_sizes": self.folder.log_sizes(),
                 },
@@ -394,13 +418,14 @@ class Trainer:
 
     def restore(self, saved):
         """Go on from a checkpoint that `save` wrote."""
-        checkpoint.load_weights(self.model, saved, self.folder.last)
+        checkpoint.load_weights(self.model, saved, f"--resume {self.args.resume}")
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         position = saved["position"]
         self.epoch, self.batch, self.seconds = position["epoch"], position["batch"], position["seconds"]
-        self.state = tuple(part.to(self.device) for part in position["state"])
-        self.sums = position["sums"].to(self.device)
+        self.state = tuple(self.processes.own_columns(part).to(self.device) for part in position["state"])
+        if self.processes.rank == 0:
+            self.sums = position["sums"].to(self.device)
         self.timing, self.best = position["timing"], saved["best"]
         self.history = self.shown = saved["history"]
         runtime.set_rng_state(saved["rng"])

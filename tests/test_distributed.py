@@ -1,0 +1,123 @@
+"""Two processes under torchrun against one, on the CPU: weights, figures, resume, a process that dies."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from utils import checkpoint
+from utils.distributed import Processes
+
+RNN = ["train_rnn.py", "--emsize=11", "--nhid=11"]
+RMC = ["train_rmc.py", "--emsize=16", "--headsize=5", "--numheads=3", "--keysize=2"]
+PLAIN = ["--batch-size=8", "--bptt=50", "--dropout=0", "--epochs=1", "--threads=1", "--eval-batch=3"]
+PLAIN += ["--log-interval=7"]
+KINDS = {
+    "LSTM tied, SGD": [*RNN, "--optimizer=sgd", "--lr=2", "--clip=0.2", "--tied"],
+    "LSTM adaptive, Adam": [*RNN, "--adaptivesoftmax", "--cutoffs", "5", "17"],
+    "RMC, SGD": [*RMC, "--dropouti=0", "--optimizer=sgd", "--lr=0.5"],
+}
+
+
+def launch(folder, processes, flags):
+    """A train script under torchrun, or alone for one process; its output is a pipe."""
+    script, *flags = flags
+    argv = [str(ROOT / script), *map(str, flags)]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        argv = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", *argv]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-u", *argv], cwd=folder, env=environment, **pipes)
+
+
+def workers(process):
+    """The process ids of what torchrun has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def finished(folder, processes, flags):
+    """The output of a run that ends well, and its last checkpoint and record."""
+    process = launch(folder, processes, flags)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    run = folder / "runs" / "run"
+    return output, checkpoint.load(run / "last.pt"), json.loads((run / "run.json").read_text())
+
+
+@pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
+def test_two_processes_equal_one(flags, tiny_corpus, tmp_path):
+    """After 21 updates without dropout: weights to 1e-4, perplexities and losses to 1e-5."""
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        results.append(finished(folder, processes, [*flags, *PLAIN, "--data", tiny_corpus, "--name", "run"]))
+    (_, one, record), (output, two, record_2) = results
+    assert record["history"]["epochs"][0]["batches"] == 21 and record_2["processes"] == 2
+    assert output.count("End of training") == 1 and "2 processes" in output
+    for name, weight in one["weights"].items():
+        error = (weight - two["weights"][name]).norm() / weight.norm().clamp(min=1e-3)
+        assert error < 1e-4, (name, error)
+    for split in ("valid", "test"):
+        ours, theirs = (r["results"][split] for r in (record, record_2))
+        assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-5)
+        assert theirs["targets"] == ours["targets"]
+    epoch, epoch_2 = (r["history"]["epochs"][0] for r in (record, record_2))
+    assert epoch_2["train_loss"] == pytest.approx(epoch["train_loss"], rel=1e-5)
+    for part, part_2 in zip(one["position"]["state"], two["position"]["state"], strict=True):
+        assert part.shape == part_2.shape
+
+
+def test_columns_that_do_not_divide_and_resume(tiny_corpus, tmp_path):
+    """Seven columns become six; a run in two processes stopped in mid-epoch goes on to where a whole one ends."""
+    flags = [*RNN, *TINY, "--data", tiny_corpus, "--lr=0.01", "--checkpoint-every=20"]
+    (tmp_path / "whole").mkdir()
+    output, whole, _ = finished(tmp_path / "whole", 2, [*flags, "--name=run"])
+    assert "6 of 7 columns are used" in output
+    (tmp_path / "cut").mkdir()
+    process = launch(tmp_path / "cut", 2, [*flags, "--name=run"])
+    for line in process.stdout:
+        if re.search(r"epoch   2 \|    40/", line):
+            break
+    for pid in (process.pid, *workers(process)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+    _, cut, _ = finished(tmp_path / "cut", 2, ["train_rnn.py", "--resume=run"])
+    for name, weight in whole["weights"].items():
+        assert torch.equal(weight, cut["weights"][name]), name
+
+
+def test_a_killed_process_ends_the_others(tiny_corpus, tmp_path):
+    """Within a minute, with a message and not as success."""
+    flags = [*RNN, *TINY, "--data", tiny_corpus, "--epochs=4000", "--name=run"]
+    process = launch(tmp_path, 2, flags)
+    for line in process.stdout:
+        if "epoch   2 " in line:
+            break
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "another process of this run is gone" in output or "SIGKILL" in output or "Signal 9" in output
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    """Every method gives back what it was given."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    alone = Processes(torch.device("cpu"))
+    tensor, state = torch.arange(12.0).view(2, 6), (torch.ones(3, 5),)
+    assert (alone.rank, alone.size, alone.first_of(2.5), alone.any_of(3)) == (0, 1, 2.5, 3)
+    assert torch.equal(alone.own_columns(tensor), tensor) and torch.equal(alone.total(tensor), tensor)
+    assert alone.all_columns(state) is state
+    model = torch.nn.Linear(2, 2)
+    assert alone.replicate(model) is model and alone.leave() is None
