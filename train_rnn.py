@@ -64,10 +64,8 @@ def model_config(args, vocab_size):
 
 
 def main(argv=None):
-    """Parse flags, build the corpus and the model's configuration, train."""
-    args, resumed = cli.parse_training(build_parser(), RECIPES, argv, family="rnn")
-    corpus = cli.load_corpus(args)
-    return trainer.fit(args, corpus, model_config(args, len(corpus.vocabulary)), resumed)
+    """Train as the command line says; returns the run record."""
+    return trainer.train("rnn", build_parser(), RECIPES, model_config, argv)
 
 
 if __name__ == "__main__":

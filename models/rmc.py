@@ -170,7 +170,7 @@ class JointLayerNorm(nn.Module):
 class RMC(nn.Module):
     """The core of the RMC language model: RelationalMemory, its output projected to the embedding size.
 
-    emsize: E. The other arguments are RelationalMemory's. State: (memory,), memory (S, B, F).
+    emsize: E. The other arguments are RelationalMemory's. State: (memory,), memory (S, B, F). loop: Python walks time.
     """
 
     def __init__(self, emsize, **memory):
@@ -178,6 +178,7 @@ class RMC(nn.Module):
         self.memory = RelationalMemory(emsize, **memory)
         self.projector = nn.Linear(self.memory.output_size, emsize)
         self.input_size = self.output_size = emsize
+        self.loop = True
 
     def initial_state(self, batch_size):
         """(memory,): the identity's first rows, (S, B, F)."""

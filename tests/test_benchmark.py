@@ -277,4 +277,4 @@ def test_candidates_are_what_their_names_say(name):
     with torch.device("meta"):
         model = build(module.model_config(args, 33278))
     assert model.num_params() == PARAMETERS[name]
-    assert getattr(model.core, "loop", False) == ("loop" in name)
+    assert getattr(model.core, "loop", False) == ("loop" in name or "RMC" in name)

@@ -181,6 +181,7 @@ def test_wrong_flags_end_with_one_line(flags, words, fails, tiny_corpus, tmp_pat
     error = fails(train_rnn.main, *places, *TINY, *flags)
     for word in words:
         assert word in error
+    assert not list(tmp_path.iterdir()), "found before anything was made"
 
 
 @pytest.mark.parametrize(

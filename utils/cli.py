@@ -172,6 +172,7 @@ def add_run(parser):
         help="go on with a run (name or folder), bit for bit on a CPU; only epochs (not under onecycle), "
         "max-minutes, log-interval and threads may differ",
     )
+    group.add_argument("--onnx-export", metavar="FILE", help="write the best model as ONNX too; needs the package onnx")
     group.add_argument("--log-interval", type=positive_int, default=200, metavar="N", help="batches a log line")
     group.add_argument("--checkpoint-every", type=positive_int, metavar="BATCHES", help="also within an epoch")
     group.add_argument("--max-minutes", type=positive, metavar="M", help="stop training after this long")

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.batching import columns, num_windows, windows
+from data.batching import columns, num_windows, scored_columns, windows
 from models import build
+from models.softmax import IGNORE
 
-from . import TrainingError, UserError, checkpoint, optim, report, runtime
+from . import TrainingError, UserError, checkpoint, cli, onnx_export, optim, report, runtime
 from .distributed import Processes
 from .evaluation import Score, detach, evaluate, perplexity
 from .report import RULE, RunFolder
@@ -24,6 +25,17 @@ SUMS = ("loss", "count", "epoch_loss", "epoch_count", "bad_step", "bad_norm")
 STATUSES = ("running", "dry-run", "max-minutes", "interrupted")
 DECISIVE = ("optimizer", "lr", "momentum", "schedule", "clip", "wdecay", "epochs", "batch_size", "bptt", "dropout")
 DECISIVE += ("tied", "seed", "vocab", "vocab_size", "eval_batch", "amp")
+
+
+def train(family, parser, recipes, model_config, argv=None):
+    """What every train script does: parse flags, load the corpus, build the model's configuration, fit.
+
+    family: of models.CORES. parser, recipes: for cli.parse_training. model_config: (args, vocabulary size) -> the
+    dictionary for models.build. Returns the run record.
+    """
+    args, resumed = cli.parse_training(parser, recipes, argv, family)
+    corpus = cli.load_corpus(args)
+    return fit(args, corpus, model_config(args, len(corpus.vocabulary)), resumed)
 
 
 def fit(args, corpus, config, resumed=None):
@@ -45,6 +57,7 @@ def fit(args, corpus, config, resumed=None):
 def _fit(args, corpus, config, resumed, device, machine):
     if resumed is not None and resumed["corpus"]["checksums"] != corpus.checksums:
         raise UserError(f"--resume {args.resume}: the text of {args.data} is not what the run was trained on")
+    check_ends(args, corpus)
     torch.manual_seed(args.seed)
     model = build(config).to(device)
     processes = Processes(device)
@@ -81,6 +94,21 @@ def _fit(args, corpus, config, resumed, device, machine):
         record = run.run()
         processes.leave()
         return record
+
+
+def check_ends(args, corpus):
+    """Find before training what would end it after the first epoch.
+
+    Raises CorpusError for splits too short to evaluate, UserError for a --save without a folder or an --onnx-export
+    without its package.
+    """
+    scored_columns(corpus.valid, args.eval_batch, 0, IGNORE)
+    scored_columns(corpus.test, 1, 0, IGNORE)
+    parent = Path(args.save).resolve().parent
+    if not parent.is_dir():
+        raise UserError(f"--save {args.save}: there is no folder {parent}; make it, or choose another place")
+    if args.onnx_export:
+        onnx_export.check_exporter()
 
 
 def config_line(config):
@@ -125,7 +153,7 @@ def training_step(model, optimizer, tokens, targets, state, args, clock):
     loss, count = loss.sum(), count.sum()
     forward = clock.mark()
     optimizer.zero_grad()
-    (loss / count + regularizer.sum()).backward()
+    (loss / count + regularizer.mean()).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
     optimizer.step()
     return loss.detach(), count, norm, detach(state), forward
@@ -354,6 +382,9 @@ class Trainer:
         curves = self.folder.path / "curves.png"
         saved = "nothing kept (dry run)" if self.args.dry_run else f"checkpoint {self.args.save} | curves {curves}"
         report.say(f"| {saved}")
+        if self.args.onnx_export:
+            onnx_export.export(self.model, self.args.onnx_export)
+            report.say(f"| ONNX {self.args.onnx_export}")
         return record
 
     def record(self):
