@@ -12,7 +12,7 @@ from models.softmax import IGNORE
 
 from . import report, runtime
 
-WARMUP = 256
+WARMUP = 1024
 """Tokens that a column reads before its first scored one, when there are several."""
 LOGITS = 1 << 24
 """Most logits that one window makes: 64 MiB in float32."""
