@@ -1,7 +1,7 @@
 """Train a Relational Memory Core on a text corpus."""
 
 from models.rmc import GATE_STYLES, VARIANTS
-from utils import cli, trainer
+from utils import cli, experiment
 
 RECIPES = {
     # L0SG/relational-rnn-pytorch, train_rmc.py
@@ -63,7 +63,7 @@ def model_config(args, vocab_size):
 
 def main(argv=None):
     """Train as the command line says; returns the run record."""
-    return trainer.train("rmc", build_parser(), RECIPES, model_config, argv)
+    return experiment.train("rmc", build_parser(), RECIPES, model_config, argv)
 
 
 if __name__ == "__main__":

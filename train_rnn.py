@@ -1,7 +1,7 @@
 """Train an Elman network, GRU or LSTM on a text corpus."""
 
 from models.rnn import KINDS
-from utils import cli, trainer
+from utils import cli, experiment
 
 RECIPES = {
     # L0SG/relational-rnn-pytorch, train_rnn.py
@@ -65,7 +65,7 @@ def model_config(args, vocab_size):
 
 def main(argv=None):
     """Train as the command line says; returns the run record."""
-    return trainer.train("rnn", build_parser(), RECIPES, model_config, argv)
+    return experiment.train("rnn", build_parser(), RECIPES, model_config, argv)
 
 
 if __name__ == "__main__":

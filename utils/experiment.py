@@ -1,0 +1,115 @@
+"""From flags to a finished run: what is done once, before and around the loop."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from data.batching import columns, scored_columns
+from models import build
+from models.softmax import IGNORE
+
+from . import UserError, cli, onnx_export, report, runtime
+from .distributed import Processes
+from .report import RunFolder
+from .trainer import Trainer
+
+DECISIVE = ("optimizer", "lr", "momentum", "schedule", "clip", "wdecay", "epochs", "batch_size", "bptt", "dropout")
+DECISIVE += ("tied", "seed", "vocab", "vocab_size", "eval_batch", "amp")
+
+
+def train(family, parser, recipes, model_config, argv=None):
+    """What every train script does: parse flags, load the corpus, build the model's configuration, fit.
+
+    family: of models.CORES. parser, recipes: for cli.parse_training. model_config: (args, vocabulary size) -> the
+    dictionary for models.build. Returns the run record.
+    """
+    args, resumed = cli.parse_training(parser, recipes, argv, family)
+    corpus = cli.load_corpus(args)
+    return fit(args, corpus, model_config(args, len(corpus.vocabulary)), resumed)
+
+
+def fit(args, corpus, config, resumed=None):
+    """Train the model that `config` describes on `corpus`, evaluate its best checkpoint, keep all in a run folder.
+
+    args: flags of utils.cli. config: for models.build. resumed: a checkpoint to go on from, as cli.parse_training
+    returns it. Returns the run record.
+
+    Raises UserError for what the user must mend, TrainingError when the loss is not finite any more.
+    """
+    device, machine = runtime.setup(args)
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            args.runs_dir, args.save, args.epochs = folder, str(Path(folder) / "model.pt"), 1
+            args.onnx_export = args.onnx_export and str(Path(folder) / "model.onnx")
+            return _fit(args, corpus, config, resumed, device, machine)
+    return _fit(args, corpus, config, resumed, device, machine)
+
+
+def _fit(args, corpus, config, resumed, device, machine):
+    if resumed is not None and resumed["corpus"]["checksums"] != corpus.checksums:
+        raise UserError(f"--resume {args.resume}: the text of {args.data} is not what the run was trained on")
+    check_ends(args, corpus)
+    torch.manual_seed(args.seed)
+    model = build(config).to(device)
+    processes = Processes(device)
+    replicas, parts = runtime.data_parallel(model, device)
+    if processes.size > 1:
+        replicas, parts = processes.replicate(model), processes.size
+    stream = columns(corpus.train, args.batch_size)
+    if args.batch_size % parts:
+        stream = stream[:, : args.batch_size // parts * parts]
+        report.say(f"| {stream.shape[1]} of {args.batch_size} columns are used: {parts} equal parts")
+    if not stream.shape[1]:
+        raise UserError(f"--batch-size {args.batch_size} can't be split into {parts} parts: give each a column or more")
+    stream = processes.own_columns(stream).to(device)
+    if processes.rank > 0:
+        folder = report.NoFolder()
+    elif resumed is None:
+        folder = RunFolder.create(args.runs_dir, args.name)
+        args.name = folder.path.name
+    else:
+        folder = RunFolder(Path(args.runs_dir) / args.name)
+        for part in folder.path.glob(".*.tmp"):  # a process killed while it wrote
+            part.unlink()
+    with report.closing_logs(folder):
+        run = Trainer(args, corpus, config, model, replicas, stream, folder, processes)
+        folder.open_logs(resumed and resumed["position"]["log_sizes"])
+        if resumed is None:
+            folder.log(f"| {report.command(args.argv)}", "train")
+            folder.log(f"| corpus {corpus.name} | vocabulary {len(corpus.vocabulary):,} | tokens {run.tokens_line()}")
+            folder.log(f"| {' '.join(config_line(config))} | parameters {model.num_params():,}", "train")
+            folder.log(f"| recipe {args.recipe} | {recipe_line(args)}", "train")
+        else:
+            run.restore(resumed)
+            report.say(f"| resumed {Path(args.runs_dir) / args.name} at epoch {run.epoch}, batch {run.batch}")
+        report.say(f"| {machine}" + (f" | {processes.size} processes" if processes.size > 1 else ""))
+        report.say(f"| run folder {Path(args.runs_dir) / str(args.name)}")
+        record = run.run()
+        processes.leave()
+        return record
+
+
+def check_ends(args, corpus):
+    """Find before training what would end it after the first epoch.
+
+    Raises CorpusError for splits too short to evaluate, UserError for a --save without a folder or an --onnx-export
+    without its package.
+    """
+    scored_columns(corpus.valid, args.eval_batch, 0, IGNORE)
+    scored_columns(corpus.test, 1, 0, IGNORE)
+    parent = Path(args.save).resolve().parent
+    if not parent.is_dir():
+        raise UserError(f"--save {args.save}: there is no folder {parent}; make it, or choose another place")
+    if args.onnx_export:
+        onnx_export.check_exporter()
+
+
+def config_line(config):
+    """Family and core arguments, for the log."""
+    return [config["family"], *(f"{name}={value}" for name, value in config["core"].items())]
+
+
+def recipe_line(args):
+    """The flags that decide the figures."""
+    return " ".join(f"{name}={getattr(args, name)}" for name in DECISIVE if hasattr(args, name))
