@@ -6,6 +6,64 @@ from torch.nn import functional
 
 IGNORE = -1
 """A target of this value is not scored."""
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 25}
+"""Logits that exist at once, by device: 64 MiB of float32 on a processor, 128 on a GPU."""
+
+
+def cross_entropy(hidden, weight, bias, targets):
+    """Sum of -log softmax(W h + b)[target] in nats, a 0-d tensor of float32 or wider.
+
+    hidden (..., H), weight (V, H), bias (V,) or None, targets (...), integers; those of IGNORE count nothing.
+    The logits are made in chunks of CHUNK and forgotten; when a gradient will be asked for, it is computed while they
+    are there. Under autocast the products are in its type, everything else in float32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        return _CrossEntropy.apply(
+            hidden.flatten(0, -2), weight, bias, targets.flatten(), dtype, torch.is_grad_enabled()
+        )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """By chunks of rows: with p = softmax(logits), the gradient in the logits is p - one-hot of the target."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, dtype, training):
+        wide = torch.promote_types(dtype, torch.float32)
+        scored, places = (targets != IGNORE).to(wide), targets.clamp(min=0)[:, None]
+        narrow_hidden, narrow_weight = (hidden * scored[:, None]).to(dtype), weight.to(dtype)
+        losses = torch.empty_like(scored)
+        if training:
+            d_hidden = torch.empty_like(hidden)
+            d_weight = torch.zeros_like(weight, dtype=wide)
+            d_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        rows = max(1, CHUNK[hidden.device.type] // len(weight))
+        for begin in range(0, len(hidden), rows):
+            part = slice(begin, begin + rows)
+            logits = torch.mm(narrow_hidden[part], narrow_weight.t())
+            logits = logits.to(wide) if bias is None else logits + bias.to(wide)
+            # log of the sum of exponentials, by way of the largest logit and its probability
+            p = torch.softmax(logits, 1)
+            log_sum = logits.amax(1) - p.amax(1).log()
+            losses[part] = log_sum - logits.gather(1, places[part])[:, 0]
+            if training:
+                p[torch.arange(len(p), device=p.device), places[part, 0]] -= 1
+                if bias is not None:
+                    d_bias += torch.mm(scored[None, part], p)[0]
+                p = p.to(dtype)
+                d_hidden[part] = torch.mm(p, narrow_weight) * scored[part, None]
+                d_weight += torch.mm(p.t(), narrow_hidden[part])
+        if training:
+            gradients = (d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype))
+            ctx.save_for_backward(*gradients)
+        return torch.dot(losses, scored)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss):
+        gradients = (None if part is None else part * d_loss.to(part.dtype) for part in ctx.saved_tensors)
+        return *gradients, None, None, None
 
 
 class FullSoftmax(nn.Module):
@@ -28,8 +86,7 @@ class FullSoftmax(nn.Module):
 
     def loss(self, hidden, targets):
         """Sum of -log p(target), in nats, of hidden (T, B, H) and targets (T, B); targets of IGNORE count nothing."""
-        logits = _widen(functional.linear(hidden.flatten(0, -2), self.weight, self.bias))
-        return functional.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORE)
+        return cross_entropy(hidden, self.weight, self.bias, targets)
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -65,10 +122,10 @@ class AdaptiveSoftmax(nn.Module):
         for number, tail in enumerate(self.clusters.tail):
             rows = ((targets >= bounds[number]) & (targets < bounds[number + 1])).nonzero()[:, 0]
             head_targets[rows] = self.clusters.shortlist_size + number
-            own = _widen(tail(hidden[rows]))
-            loss = loss + functional.cross_entropy(own, targets[rows] - bounds[number], reduction="sum")
-        head = _widen(self.clusters.head(hidden))
-        return loss + functional.cross_entropy(head, head_targets, reduction="sum", ignore_index=IGNORE)
+            down, up = tail
+            loss = loss + cross_entropy(down(hidden[rows]), up.weight, None, targets[rows] - bounds[number])
+        head = self.clusters.head
+        return loss + cross_entropy(hidden, head.weight, head.bias, head_targets)
 
 
 def default_cutoffs(vocab_size):

@@ -2,8 +2,7 @@
 
 import copy
 import math
-from itertools import pairwise
-from types import SimpleNamespace
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -85,7 +84,7 @@ def vocabulary():
 @pytest.fixture
 def steps(monkeypatch):
     """steps(T): evaluation goes in windows of T."""
-    return lambda bptt: monkeypatch.setattr(evaluation, "_steps", lambda model, batch_size: bptt)
+    return lambda steps: monkeypatch.setattr(evaluation, "STEPS", steps)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -215,12 +214,21 @@ def test_bfloat16_stays_close(build, ids, kind, batch_size):
     assert half.loss != full.loss
 
 
-@pytest.mark.parametrize(("vocab_size", "batch_size"), [(13, 1), (33_278, 1), (33_278, 10), (267_735, 64), (2**25, 7)])
-def test_windows_keep_the_logits_small(vocab_size, batch_size):
-    """As long as they fit, at most 512 steps and at least one."""
-    bptt = evaluation._steps(SimpleNamespace(vocab_size=vocab_size), batch_size)
-    fits = [steps for steps in range(1, 513) if steps * batch_size * vocab_size <= evaluation.LOGITS]
-    assert bptt == max(fits, default=1)
+def test_a_large_vocabulary_makes_short_windows(build, vocabulary, surprisals, monkeypatch):
+    """The log probabilities of a text are never kept for more steps than LOGITS allows, at least one; same result."""
+    model = build(KINDS[0])
+    lines = [["a", "b", "c", "d"], ["e"]]
+    whole = evaluation.score_words(model, vocabulary, lines)
+    lengths = []
+    original = model.log_probs
+    monkeypatch.setattr(model, "log_probs", lambda hidden: (lengths.append(len(hidden)), original(hidden))[1])
+    for limit, longest in ((2 * VOCAB + 1, 2), (1, 1)):
+        monkeypatch.setattr(evaluation, "LOGITS", limit)
+        parts = evaluation.score_words(model, vocabulary, lines)
+        assert max(lengths) == longest
+        lengths.clear()
+        for one, other in zip(chain(*whole), chain(*parts), strict=True):
+            assert one[0] == other[0] and one[1] == pytest.approx(other[1], rel=CLOSE)
 
 
 def test_perplexity_is_exp_of_the_loss():

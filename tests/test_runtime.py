@@ -18,12 +18,19 @@ from models import build
 from utils import UserError, runtime, trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PRODUCTS = "oneDNN" if runtime.use_onednn(True) else "default"
+runtime.use_onednn(False)
 
 
 def flags(**changes):
     """What cli.add_runtime's flags give."""
-    defaults = {"cuda": False, "threads": None, "tune_allocator": True, "flush_denormal": True, "amp": "off"}
+    defaults = {"cuda": False, "threads": None, "amp": "off"}
+    defaults |= {"tune_allocator": True, "flush_denormal": True, "onednn": True}
     return Namespace(**defaults | changes)
+
+
+def relative_error(got, want):
+    return ((got - want).norm() / want.norm()).item()
 
 
 def denormals_are_kept():
@@ -32,9 +39,10 @@ def denormals_are_kept():
 
 @pytest.fixture
 def settings():
-    """Puts threads and denormals back."""
+    """Puts threads, denormals and products back."""
     threads, kept = torch.get_num_threads(), denormals_are_kept()
     yield
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     torch.set_num_threads(threads)
     torch.set_flush_denormal(not kept)
 
@@ -74,14 +82,14 @@ def test_an_idle_gpu_is_mentioned(gpu, settings):
 
 
 def test_setup_says_what_holds(no_gpu, settings):
-    """Threads, allocator, denormals, precision: each is set and named; no GPU, no hint."""
+    """Threads, allocator, denormals, products, precision: each is set and named; no GPU, no hint."""
     device, line = runtime.setup(flags(threads=2, amp="bf16"))
     assert device == CPU
     assert torch.get_num_threads() == 2
     assert not denormals_are_kept()
     parts = line.split(" | ")
     assert parts[0].startswith("device cpu (")
-    assert parts[1:] == ["threads 2", "allocator tuned", "denormals flushed", "amp bf16"]
+    assert parts[1:] == ["threads 2", "allocator tuned", "denormals flushed", f"products {PRODUCTS}", "amp bf16"]
     assert "\n" not in line and "--cuda" not in line
 
 
@@ -89,9 +97,33 @@ def test_settings_can_be_left_alone(no_gpu, settings, monkeypatch):
     """Without --threads torch's choice stays; --no-tune-allocator, --no-flush-denormal."""
     monkeypatch.setattr(runtime, "keep_memory", lambda: pytest.fail("the allocator was tuned"))
     torch.set_num_threads(2)
-    _, line = runtime.setup(flags(tune_allocator=False, flush_denormal=False))
+    _, line = runtime.setup(flags(tune_allocator=False, flush_denormal=False, onednn=False))
     assert denormals_are_kept()
-    assert line.split(" | ")[1:] == ["threads 2", "allocator default", "denormals kept", "amp off"]
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    assert line.split(" | ")[1:] == [
+        "threads 2", "allocator default", "denormals kept", "products default", "amp off",
+    ]  # fmt: skip
+
+
+def test_onednn_is_used_only_where_it_computes_in_float32(settings, monkeypatch):
+    """The products of this machine are float32 whatever the setting; one that rounds to bfloat16 is found out."""
+    left, right = torch.randn(257, 263), torch.randn(263, 269)
+    for wanted in (False, True):
+        used = runtime.use_onednn(wanted)
+        assert used <= wanted
+        assert relative_error(left @ right, left.double() @ right.double()) < 1e-6
+    product = torch.Tensor.__matmul__
+
+    def rounding(left, right):
+        if torch.backends.mkldnn.matmul.fp32_precision == "ieee" or left.dtype == torch.float64:
+            return product(left, right)
+        return product(left.bfloat16().double(), right.bfloat16().double()).float()
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    assert runtime.use_onednn(True) is False
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert runtime.use_onednn(True) is False
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")

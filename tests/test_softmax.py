@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import softmax
 from models.language_model import check_cutoffs
 from models.softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, default_cutoffs
 
@@ -117,12 +119,74 @@ def test_gradcheck():
 def test_narrow_logits_are_summed_in_float32(dtype):
     """What a narrow type loses, it loses in the product: the sums over the vocabulary are exact to float32."""
     head, hidden, targets = make(dtype)
-    logits = nn.functional.linear(hidden, head.weight, head.bias).double()
-    want = logits - logits.exp().sum(-1, keepdim=True).log()
     log_probs, loss = head.log_probs(hidden), head.loss(hidden, targets)
     assert log_probs.dtype == loss.dtype == torch.float32
-    assert relative_error(log_probs, want) < 1e-6
+    logits = nn.functional.linear(hidden, head.weight, head.bias).double()
+    assert relative_error(log_probs, logits - logits.exp().sum(-1, keepdim=True).log()) < 1e-6
+    logits = nn.functional.linear(hidden, head.weight).double() + head.bias  # the loss adds the bias in float32
+    want = logits - logits.exp().sum(-1, keepdim=True).log()
     assert relative_error(loss, -want[targets != IGNORE].gather(-1, targets[targets != IGNORE][:, None]).sum()) < 1e-6
+
+
+@pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
+@pytest.mark.parametrize("rows", (1, 4, 15), ids=("row by row", "uneven chunks", "one chunk"))
+def test_chunks_equal_torch_in_float64(monkeypatch, rows, bias):
+    """Loss and every gradient equal those of torch's cross_entropy over all logits, whatever the chunk."""
+    monkeypatch.setitem(softmax.CHUNK, "cpu", rows * WORDS + 1)
+    head, hidden, targets = make()
+    leaves = [hidden.requires_grad_(), head.weight] + [head.bias] * bias
+    b = head.bias if bias else None
+    loss = softmax.cross_entropy(hidden, head.weight, b, targets)
+    logits = nn.functional.linear(hidden, head.weight, b).flatten(0, 1)
+    expected = nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORE)
+    assert relative_error(loss, expected.detach()) < 1e-14
+    pairs = zip(torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * expected, leaves), strict=True)
+    errors = {name: relative_error(*pair) for name, pair in zip(("hidden", "weight", "bias"), pairs, strict=False)}
+    assert not {name: error for name, error in errors.items() if not error < 1e-13}
+
+
+def test_bfloat16_products_and_float32_sums(monkeypatch):
+    """Under autocast the three products take operands rounded to bfloat16; the rest is as in float64."""
+    monkeypatch.setitem(softmax.CHUNK, "cpu", 4 * WORDS)
+    head, hidden, targets = make(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head.loss(hidden.requires_grad_(), targets)
+    loss.backward()
+
+    def rounded(tensor):
+        return tensor.detach().bfloat16().double()
+
+    scored = (targets != IGNORE).flatten()
+    x, w, t = rounded(hidden).flatten(0, 1)[scored], rounded(head.weight), targets.flatten()[scored]
+    logits = rounded(x @ w.t()) + head.bias.detach()
+    p = logits.softmax(-1)
+    assert relative_error(loss, -(p.gather(1, t[:, None])).log().sum()) < 1e-6
+    slope = p - nn.functional.one_hot(t, WORDS)
+    assert relative_error(head.bias.grad, slope.sum(0)) < 1e-6
+    assert relative_error(hidden.grad.flatten(0, 1)[scored], rounded(rounded(slope) @ w)) < 1e-3
+    assert relative_error(head.weight.grad, rounded(slope).t() @ x) < 3e-3
+    assert hidden.grad.dtype == head.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+def test_all_logits_are_never_there(monkeypatch, training):
+    """No tensor that the loss makes has more elements than a chunk or the weights."""
+    monkeypatch.setitem(softmax.CHUNK, "cpu", 2 * WORDS)
+    head, hidden, targets = make()
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(part.numel() for part in (result,) if isinstance(part, torch.Tensor))
+            return result
+
+    with torch.set_grad_enabled(training), Sizes():
+        loss = head.loss(hidden.requires_grad_(training), targets)
+        if training:
+            loss.backward()
+    assert 2 * WORDS in sizes
+    assert max(sizes) <= max(WORDS * NHID, hidden.numel())
 
 
 def test_own_weights_start_uniform_and_a_shared_one_is_the_same_parameter():

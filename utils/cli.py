@@ -198,6 +198,12 @@ def add_runtime(parser):
         default=True,
         help="numbers below 1e-38 become 0, which is faster",
     )
+    group.add_argument(
+        "--onednn",
+        action=BooleanOptionalAction,
+        default=True,
+        help="float32 products of the CPU by oneDNN, if they stay float32",
+    )
 
 
 def parse_training(parser, recipes, argv=None, family=None):

@@ -14,8 +14,10 @@ from . import report, runtime
 
 WARMUP = 1024
 """Tokens that a column reads before its first scored one, when there are several."""
+STEPS = 512
+"""Window length; the result does not depend on it."""
 LOGITS = 1 << 24
-"""Most logits that one window makes: 64 MiB in float32."""
+"""Most log probabilities that a window of score_words keeps: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,6 @@ def detach(state):
     return tuple(part.detach() for part in state)
 
 
-def _steps(model, batch_size):
-    """Window length at which the logits stay small; the result does not depend on it."""
-    return max(1, min(512, LOGITS // (model.vocab_size * batch_size)))
-
-
 @torch.inference_mode()
 def evaluate(model, ids, batch_size=1, amp="off", label=None):
     """Score of a stream of ids (N,): each of its N-1 targets once, whatever the batch size.
@@ -59,7 +56,6 @@ def evaluate(model, ids, batch_size=1, amp="off", label=None):
     """
     device = next(model.parameters()).device
     warm, tokens, targets = (part.to(device) for part in scored_columns(ids, batch_size, WARMUP, IGNORE))
-    bptt = _steps(model, batch_size)
     training = model.training
     model.eval()
     state = model.initial_state(batch_size)
@@ -67,11 +63,11 @@ def evaluate(model, ids, batch_size=1, amp="off", label=None):
     with runtime.autocast(device, amp):
         if batch_size > 1:
             state = model.initial_state(batch_size - 1)
-            for begin in range(0, len(warm), bptt):
-                _, state = model.hidden(warm[begin : begin + bptt], state)
+            for begin in range(0, len(warm), STEPS):
+                _, state = model.hidden(warm[begin : begin + STEPS], state)
             state = tuple(torch.cat(parts, 1) for parts in zip(model.initial_state(1), state, strict=True))
-        for begin in report.progress(range(0, len(tokens), bptt), label):
-            window = slice(begin, begin + bptt)
+        for begin in report.progress(range(0, len(tokens), STEPS), label):
+            window = slice(begin, begin + STEPS)
             window_loss, _, _, state = model(tokens[window], targets[window], state)
             loss += window_loss.sum()
     model.train(training)
@@ -89,6 +85,7 @@ def score_words(model, vocabulary, lines, amp="off"):
     device = next(model.parameters()).device
     model.eval()
     state = model.initial_state(1)
+    steps = max(1, min(STEPS, LOGITS // model.vocab_size))
     previous = vocabulary.encode([EOS])[0]
     scored = []
     with runtime.autocast(device, amp):
@@ -97,7 +94,7 @@ def score_words(model, vocabulary, lines, amp="off"):
             ids, _ = vocabulary.encode(words)
             stream = torch.from_numpy(np.concatenate([previous, ids]).astype(np.int64)).to(device)[:, None]
             log_probs = []
-            for tokens, targets in windows(stream, _steps(model, 1)):
+            for tokens, targets in windows(stream, steps):
                 hidden, state = model.hidden(tokens, state)
                 log_probs += model.log_probs(hidden).gather(-1, targets[..., None]).flatten().tolist()
             scored.append([(word, lp, word in vocabulary.ids) for word, lp in zip(words, log_probs, strict=True)])

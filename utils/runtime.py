@@ -15,7 +15,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's <malloc.h>
 
 
 def setup(args):
-    """Apply --cuda, --threads, --tune-allocator, --flush-denormal. Returns the device and a line that says what holds.
+    """Apply --cuda, --threads, --tune-allocator, --flush-denormal, --onednn.
+
+    Returns the device and a line that says what holds.
 
     Call it before the first large tensor. Raises UserError for --cuda without a GPU.
     """
@@ -33,11 +35,13 @@ def setup(args):
     kept = args.tune_allocator and keep_memory()
     # Threads that OpenMP starts later inherit the flag from this one.
     flushed = torch.set_flush_denormal(args.flush_denormal) and args.flush_denormal
+    onednn = use_onednn(args.onednn)
     settings = [
         f"device {describe(device)}",
         f"threads {torch.get_num_threads()}",
         f"allocator {'tuned' if kept else 'default'}",
         f"denormals {'flushed' if flushed else 'kept'}",
+        f"products {'oneDNN' if onednn else 'default'}",
         f"amp {args.amp}",
     ]
     if torch.cuda.is_available() and not args.cuda:
@@ -56,6 +60,26 @@ def keep_memory():
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20))
     done = [mallopt(option, value) == 1 for option, value in settings]
     return all(done)
+
+
+def use_onednn(wanted):
+    """Let oneDNN compute float32 products on the CPU: on AMD processors it is twice as fast as MKL, torch's default.
+
+    torch sends them there when they may be computed in bfloat16. Processors without units for that compute them in
+    float32 all the same; where a trial shows less than float32, or `wanted` is False, the default stays.
+    Returns whether oneDNN is used.
+    """
+    settings = torch.backends.mkldnn.matmul
+    settings.fp32_precision = "ieee"
+    if not wanted or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, generator=generator) for shape in ((64, 768), (768, 512)))
+    exact = left.double() @ right.double()
+    settings.fp32_precision = "bf16"
+    if (left @ right - exact).norm() > 1e-5 * exact.norm():
+        settings.fp32_precision = "ieee"
+    return settings.fp32_precision == "bf16"
 
 
 def describe(device):
