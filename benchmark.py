@@ -1,30 +1,45 @@
 """Tables from run records, and the speed of training steps."""
 
+import importlib
+import multiprocessing
+import shutil
 import statistics
+import sys
+import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import train_rmc
-import train_rnn
-from data.batching import columns, windows
-from models import build
-from utils import UserError, cli, optim, report, runtime, trainer
+from data.corpus import find_corpus, split_file
+from utils import UserError, cli, report, runtime
+from utils.workers import Worker, load_once, write_zipf
 
 RESULTS = Path(__file__).parent / "results"
 
-# What `speed` times: a name, the train script's module, its flags.
+# What `speed` times: a name, the train script, its flags.
 CANDIDATES = {
-    "LSTM, port": (train_rnn, "--recipe port"),
-    "LSTM loop, port": (train_rnn, "--recipe port --loop"),
-    "GRU, port": (train_rnn, "--recipe port --model GRU"),
-    "Elman tanh, port": (train_rnn, "--recipe port --model RNN_TANH"),
-    "LSTM, example": (train_rnn, "--recipe example"),
-    "LSTM tied, example": (train_rnn, "--recipe example --tied"),
-    "RMC, paper's form": (train_rmc, "--variant paper"),
-    "RMC, port's form": (train_rmc, "--variant port"),
+    "LSTM, port": ("train_rnn", "--recipe port"),
+    "LSTM loop, port": ("train_rnn", "--recipe port --loop"),
+    "GRU, port": ("train_rnn", "--recipe port --model GRU"),
+    "Elman tanh, port": ("train_rnn", "--recipe port --model RNN_TANH"),
+    "LSTM, example": ("train_rnn", "--recipe example"),
+    "LSTM tied, example": ("train_rnn", "--recipe example --tied"),
+    "LSTM 650 tied, example": ("train_rnn", "--recipe example --tied --emsize 650 --nhid 650"),
+    "RMC, paper's form": ("train_rmc", "--variant paper"),
+    "RMC, port's form": ("train_rmc", "--variant port"),
 }
+
+# Whom a candidate is compared with: a peer, the candidate whose flags and weights the peer takes.
+RIVALS = {
+    "LSTM, port": ("port-rnn", "LSTM, port"),
+    "LSTM loop, port": ("port-rnn", "LSTM loop, port"),
+    "LSTM 650 tied, example": ("example", "LSTM 650 tied, example"),
+    "RMC, paper's form": ("port-rmc", "RMC, port's form"),
+    "RMC, port's form": ("port-rmc", "RMC, port's form"),
+}
+
+TOLERANCE = {"off": 1e-5, "bf16": 2e-2}
+"""Largest relative difference of a loss from its reference, by --amp; beyond it nothing is timed."""
 
 COLUMNS = (
     "model", "parameters", "corpus", "recipe", "epochs", "minutes", "valid ppl", "test ppl", "forward ms", "ms/batch",
@@ -97,65 +112,205 @@ def table(args):
     report.say(f"| {len(records)} rows in {page}")
 
 
-class Candidate:
-    """A model and its optimizer, ready to take training steps on made-up text."""
-
-    def __init__(self, name, args):
-        module, flags = CANDIDATES[name]
-        self.name = name
-        self.flags, _ = cli.parse_training(module.build_parser(), module.RECIPES, [*flags.split(), "--amp", args.amp])
-        torch.manual_seed(self.flags.seed)
-        device = torch.device("cuda" if args.cuda else "cpu")
-        self.model = build(module.model_config(self.flags, args.vocab_size)).to(device)
-        self.optimizer = optim.build_optimizer(self.flags, self.model.parameters())
-        self.clock = runtime.Clock(device)
-        batch, bptt = self.flags.batch_size, self.flags.bptt
-        ids = np.random.default_rng(0).zipf(1.1, batch * (bptt + 1)) % args.vocab_size
-        self.tokens, self.targets = next(windows(columns(ids, batch).to(device), bptt))
-        self.state = self.model.initial_state(batch)
-        self.full, self.forward = [], []
-
-    def step(self, record):
-        """One training step; its time is kept if `record`."""
-        start = self.clock.mark()
-        _, _, _, self.state, forward = trainer.training_step(
-            self.model, self.optimizer, self.tokens, self.targets, self.state, self.flags, self.clock
-        )
-        end = self.clock.mark()
-        full = self.clock.milliseconds(start, end)
-        if record:
-            self.full.append(full)
-            self.forward.append(self.clock.milliseconds(start, forward))
-
-    def row(self):
-        """Name, sizes, median (lowest to highest) of the full step and of its forward pass, tokens a second."""
-        median = statistics.median(self.full)
-        return [
-            self.name,
-            f"{self.model.num_params():,}",
-            f"{self.flags.batch_size} x {self.flags.bptt}",
-            f"{median:.1f} ({min(self.full):.1f} to {max(self.full):.1f})",
-            f"{statistics.median(self.forward):.1f}",
-            f"{self.tokens.numel() / median * 1000:,.0f}",
-        ]
-
-
-def speed(args):
-    """Time full training steps of the candidates, in turn, and print a table."""
-    device, machine = runtime.setup(args)
-    report.say(f"| {machine}")
-    environment = report.environment(device, args.amp)
-    report.say("| " + " | ".join(f"{key} {value}" for key, value in environment.items()))
-    report.say(f"| vocabulary {args.vocab_size:,} | {args.rounds} rounds, candidates in turn")
+def chosen(args):
+    """{name: arguments of its Candidate} for those that --only names and their peers whose checkouts are given."""
     names = [name for name in CANDIDATES if not args.only or any(word in name for word in args.only)]
     if not names:
         raise UserError(f"--only {' '.join(args.only)} names no candidate: there are {', '.join(CANDIDATES)}")
-    candidates = [Candidate(name, args) for name in names]
+    checkouts = {"port-rnn": args.port, "port-rmc": args.port, "example": args.example}
+    found = {name: (*CANDIDATES[name], None, None, args) for name in names}
+    for peer, name in dict.fromkeys(RIVALS[name] for name in names if name in RIVALS):
+        if checkouts[peer]:
+            found[rival_name((peer, name))] = (*CANDIDATES[name], peer, checkouts[peer], args)
+    return found
+
+
+def start_workers(args):
+    """Peak memory of the chosen candidates and Workers to time them, each by name.
+
+    A candidate whose loss is not that of its reference is left out, with a line.
+    """
+    workers, memory = {}, {}
+    for name, candidate in chosen(args).items():
+        worker = Worker(*candidate)
+        difference, largest = worker("difference"), TOLERANCE["off" if candidate[2] else args.amp]
+        if difference <= largest:
+            workers[name] = worker
+            fresh = Worker(*candidate)  # memory that was used before would hide what a step needs
+            memory[name] = fresh("memory")
+            fresh.end()
+        else:
+            report.say(f"| {name}: its loss is {difference:.1e} off its reference, more than {largest:g}: not timed")
+            worker.end()
+    return memory, workers
+
+
+def rival_name(rival):
+    """How a table calls a peer."""
+    return f"{rival[0]} ({rival[1]})"
+
+
+def spread(values, digits=0):
+    """Median (lowest to highest)."""
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def speed(args):
+    """Time full training steps of the candidates and their peers, in turn; table what they take."""
+    _, machine = runtime.setup(args)
+    report.say(f"| {machine}")
+    memory, workers = start_workers(args)
+    steps, forward = ({name: [] for name in workers} for _ in range(2))
     for number in report.progress(range(args.warmup + args.rounds), "speed"):
-        for candidate in candidates:
-            candidate.step(record=number >= args.warmup)
-    header = ("model", "parameters", "batch x BPTT", "ms/batch, median (range)", "forward ms", "tokens/s")
-    report.say(report.markdown_table(header, [candidate.row() for candidate in candidates]))
+        for name, worker in workers.items():
+            taken = worker("step")[0], worker("forward")
+            if number >= args.warmup:
+                steps[name].append(taken[0])
+                forward[name].append(taken[1])
+    rows = []
+    for name, worker in workers.items():
+        row = {"name": name, "ms": steps[name], "forward_ms": forward[name], "memory_mib": memory[name]}
+        row["launches"] = worker("launches")
+        if name in CANDIDATES:
+            row["products_ms"], row["gflop"] = worker("products")
+            flags, _ = cli.parse_training(*script_parser(name), CANDIDATES[name][1].split())
+            row["tokens"] = flags.batch_size * flags.bptt
+        worker.end()
+        rows.append(row)
+    finish(args, machine, {"kind": "speed", "vocab_size": args.vocab_size, "rows": rows})
+
+
+def script_parser(name):
+    """Parser and recipes of a candidate's script."""
+    module = importlib.import_module(CANDIDATES[name][0])
+    return module.build_parser(), module.RECIPES
+
+
+SPEED_COLUMNS = (
+    "model", "ms/batch, median (range)", "tokens/s", "forward only ms", "launches", "peak MiB", "products alone ms",
+    "step / products", "times the peer's speed", "launches / peer's", "peak / peer's",
+)  # fmt: skip
+
+
+def speed_text(record):
+    """The markdown of a speed record: how it was made, its table."""
+    rows = {row["name"]: row for row in record["rows"]}
+    table_rows = []
+    for name, row in rows.items():
+        median = statistics.median(row["ms"])
+        cells = [name, spread(row["ms"]), "", f"{statistics.median(row['forward_ms']):,.0f}", f"{row['launches']:,}"]
+        cells += [f"{row['memory_mib']:,.0f}", "", "", "", "", ""]
+        if "products_ms" in row:
+            cells[2] = f"{row['tokens'] / median * 1000:,.0f}"
+            cells[6] = f"{row['products_ms']:,.0f}"
+            cells[7] = f"{median / row['products_ms']:.2f}"
+        peer = rows.get(rival_name(RIVALS[name])) if name in RIVALS else None
+        if peer:
+            cells[8] = spread([theirs / ours for ours, theirs in zip(row["ms"], peer["ms"], strict=True)], 2)
+            cells[9] = f"{row['launches'] / peer['launches']:.2f}"
+            cells[10] = f"{row['memory_mib'] / peer['memory_mib']:.2f}"
+        table_rows.append(cells)
+    return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(SPEED_COLUMNS, table_rows)
+
+
+def evaluation(args):
+    """Time the evaluation of a corpus's test split in one column: LSTM 650 tied, beside pytorch/examples."""
+    _, machine = runtime.setup(args)
+    corpus = cli.load_corpus(args)
+    args.vocab_size = len(corpus.vocabulary)
+    ids = corpus.test[: args.tokens + 1]
+    name = "LSTM 650 tied, example"
+    workers = {name: Worker(*CANDIDATES[name], None, None, args)}
+    if args.example:
+        workers[rival_name(RIVALS[name])] = Worker(*CANDIDATES[name], RIVALS[name][0], args.example, args)
+    results = {key: [] for key in workers}
+    for _ in report.progress(range(args.rounds), "evaluation"):
+        for key, worker in workers.items():
+            results[key].append(worker("evaluate", ids))
+    rows = [
+        {"name": key, "seconds": [seconds for seconds, _ in taken], "perplexity": taken[0][1]}
+        for key, taken in results.items()
+    ]
+    finish(args, machine, {"kind": "evaluation", "targets": len(ids) - 1, "corpus": corpus.name, "rows": rows})
+
+
+def evaluation_text(record):
+    """The markdown of an evaluation record."""
+    ours = record["rows"][0]
+    table_rows = []
+    for row in record["rows"]:
+        ratios = [theirs / own for own, theirs in zip(ours["seconds"], row["seconds"], strict=True)]
+        table_rows.append([row["name"], spread(row["seconds"], 2), f"{row['perplexity']:.2f}", spread(ratios, 2)])
+    header = ("model", f"seconds for {record['targets']:,} targets of {record['corpus']}", "perplexity", "times ours")
+    return about(record) + report.markdown_table(header, table_rows)
+
+
+def load(args):
+    """Time how a corpus becomes arrays: from its text, from the cache, by the port; one made up with --tokens."""
+    _, machine = runtime.setup(args)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        if args.tokens:
+            write_zipf(copy, args.tokens, args.types)
+            name = f"Zipf, {args.tokens:,} tokens, {args.types:,} types"
+        else:
+            for split in ("train", "valid", "test"):
+                shutil.copy(split_file(find_corpus(args.data), split), copy / f"{split}.txt")
+            name = Path(args.data).name
+        kinds = ["build", "cached"] + ["port"] * bool(args.port)
+        results = {kind: [] for kind in kinds}
+        for _ in range(args.rounds):
+            for cache in copy.glob("*.pkl"):
+                cache.unlink()
+            for kind in kinds:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    results[kind].append(pool.apply(load_once, (kind, str(copy), args.port)))
+    rows = [
+        {"name": kind, "seconds": [seconds for seconds, _ in taken], "memory_mib": [mib for _, mib in taken]}
+        for kind, taken in results.items()
+    ]
+    finish(args, machine, {"kind": "load", "corpus": name, "rows": rows})
+
+
+def load_text(record):
+    """The markdown of a load record."""
+    rows = {row["name"]: row for row in record["rows"]}
+    build_seconds = rows["build"]["seconds"]
+    table_rows = []
+    for name, row in rows.items():
+        ratios = [other / own for own, other in zip(build_seconds, row["seconds"], strict=True)]
+        table_rows.append([name, spread(row["seconds"], 2), f"{max(row['memory_mib']):,.0f}", spread(ratios, 2)])
+    return about(record) + report.markdown_table(
+        (record["corpus"], "seconds", "peak MiB", "times our build"), table_rows
+    )
+
+
+def about(record):
+    """How and where a record was made, two paragraphs of markdown."""
+    where = " | ".join(f"{key} {value}" for key, value in record["environment"].items())
+    return f"`{record['command']}`; {record['machine']}\n\n{where}\n\n"
+
+
+def finish(args, machine, figures):
+    """Print the table of a measurement; with --record keep it and render it in results/speed.md."""
+    environment = report.environment(torch.device("cuda" if args.cuda else "cpu"), args.amp)
+    command = report.command(args.argv)
+    record = {"name": args.record, "command": command, "environment": environment, "machine": machine, **figures}
+    text = RENDERERS[record["kind"]](record)
+    if args.record:
+        page, folder = args.results / "speed.md", args.results / "speed"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not page.exists():
+            page.write_text("# Speed\n", encoding="utf-8")
+        if f"<!-- {args.record} -->" not in page.read_text(encoding="utf-8"):
+            with open(page, "a", encoding="utf-8") as file:
+                file.write(f"\n<!-- {args.record} -->\n<!-- /{args.record} -->\n")
+        report.replace_between(page, args.record, text)
+        report.write_record(folder / f"{args.record}.json", record)
+    report.say(text)
+
+
+RENDERERS = {"speed": speed_text, "evaluation": evaluation_text, "load": load_text}
 
 
 def build_parser():
@@ -172,14 +327,37 @@ def build_parser():
     command.add_argument("--rounds", type=cli.positive_int, default=10, help="timed steps of each candidate")
     command.add_argument("--warmup", type=cli.positive_int, default=3, help="steps before, not timed")
     command.add_argument("--vocab-size", type=cli.number(int, 3), default=33278, help="words; WikiText-2 has 33278")
-    cli.add_runtime(command)
+    add_record(command)
     command.set_defaults(call=speed)
+    command = commands.add_parser("evaluation", description=evaluation.__doc__, help="time an evaluation in one column")
+    cli.add_data(command)
+    command.add_argument("--tokens", type=cli.positive_int, default=20000, help="of the test split, from its start")
+    command.add_argument("--rounds", type=cli.positive_int, default=3, help="evaluations of each model")
+    add_record(command)
+    command.set_defaults(call=evaluation)
+    command = commands.add_parser("load", description=load.__doc__, help="time the building of a corpus")
+    cli.add_data(command)
+    command.add_argument("--tokens", type=int, default=0, help="make up a corpus of so many, instead of --data")
+    command.add_argument("--types", type=cli.positive_int, default=267735, help="of the corpus that is made up")
+    command.add_argument("--rounds", type=cli.positive_int, default=3, help="how often")
+    add_record(command)
+    command.set_defaults(call=load)
     return parser
+
+
+def add_record(parser):
+    """Peers to measure beside ours, where to keep the figures, the machine."""
+    parser.add_argument("--port", metavar="DIR", help="checkout of L0SG/relational-rnn-pytorch, to time beside ours")
+    parser.add_argument("--example", metavar="DIR", help="word_language_model of pytorch/examples, likewise")
+    parser.add_argument("--record", metavar="NAME", help="keep the figures as results/speed/NAME.json and in speed.md")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where records and tables are")
+    cli.add_runtime(parser)
 
 
 def main(argv=None):
     """Parse flags, run the sub-command."""
     args = build_parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     args.call(args)
 
 

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import nn
 
+from .products import step_linear
+
 GATE_STYLES = ("unit", "memory", "none")
 VARIANTS = ("paper", "port")
 
@@ -65,9 +67,8 @@ class RelationalMemory(nn.Module):
         features, qkv = self.mem_size, numheads * (2 * self.keysize + headsize)
 
         def norms(size):
-            if self.port:
-                return nn.ModuleList([JointLayerNorm(memslots + 1, size)])
-            return nn.ModuleList(nn.LayerNorm(size) for _ in range(numblocks))
+            spans = [memslots + 1, size] if self.port else [size]
+            return nn.ModuleList(nn.LayerNorm(spans) for _ in range(1 if self.port else numblocks))
 
         self.input_projector = nn.Linear(input_size, features)
         self.qkv_projector = nn.ModuleList(nn.Linear(features, qkv) for _ in range(1 if self.port else numblocks))
@@ -95,7 +96,10 @@ class RelationalMemory(nn.Module):
         return memory[:, None].repeat(1, batch_size, 1)
 
     def forward(self, x, memory):
-        """x (T, B, input_size), memory (S, B, F) -> output (T, B, S * F), memory (S, B, F) after the last step."""
+        """x (T, B, input_size), memory (S, B, F) -> output (T, B, S * F), memory (S, B, F) after the last step.
+
+        Between the steps the memory is (B, S, F), so that the rows of an example lie together.
+        """
         x = self.input_projector(x)
         x_qkv = self.qkv_projector[0](x)
         if not self.port:
@@ -104,67 +108,60 @@ class RelationalMemory(nn.Module):
         if self.gatestyle != "none":
             x_gates = self.input_gates(x).unflatten(-1, (2, -1)) + self.gate_bias[:, None]
             x_gates = x_gates.flatten(-2).unbind(0)
+        products = {
+            name: step_linear(module.weight, module.bias)
+            for name, module in self.named_modules()
+            if name.startswith(("qkv_projector.", "mlp.", "memory_gates"))
+        }
+        memory = memory.transpose(0, 1)
         steps = []
         for row, row_qkv, row_gates in zip(x.unbind(0), x_qkv.unbind(0), x_gates, strict=True):
-            memory = self._gate(self._attend_over(memory, row, row_qkv), memory, row_gates)
+            memory = self._gate(self._attend_over(memory, row, row_qkv, products), memory, row_gates, products)
             steps.append(memory)
-        return torch.stack(steps).transpose(1, 2).flatten(2), memory
+        return torch.stack(steps).flatten(2), memory.transpose(0, 1).contiguous()
 
-    def _attend_over(self, memory, row, row_qkv):
-        """The blocks: memory (S, B, F), the input's row (B, F) and its projection (B, N * (2K + D)) -> (S, B, F)."""
-        rows = torch.cat([memory, row[None]])
+    def _attend_over(self, memory, row, row_qkv, products):
+        """The blocks: memory (B, S, F), the input's row (B, F) and its projection (B, N * (2K + D)) -> (B, S, F)."""
+        rows = torch.cat([memory, row[:, None]], 1)
         for block in range(self.numblocks):
             own = 0 if self.port else block
-            project, qkv_norm = self.qkv_projector[own], self.qkv_norm[own]
+            project, qkv_norm = products[f"qkv_projector.{own}"], self.qkv_norm[own]
             if block > 0:
                 qkv = qkv_norm(project(rows))
             elif self.port:
-                qkv = qkv_norm(torch.cat([project(memory), row_qkv[None]]))
+                qkv = qkv_norm(torch.cat([project(memory), row_qkv[:, None]], 1))
             else:
-                qkv = torch.cat([qkv_norm(project(memory)), row_qkv[None]])
+                qkv = torch.cat([qkv_norm(project(memory)), row_qkv[:, None]], 1)
             if block + 1 == self.numblocks and not self.port:
-                rows = rows[: self.memslots]
-            rows = self.attention_norm[own](rows + self._attention(qkv, len(rows)))
-            rows = self.mlp_norm[own](rows + self._mlp(rows))
-        return rows[: self.memslots]
+                rows = rows[:, : self.memslots]
+            rows = self.attention_norm[own](rows + self._attention(qkv, rows.shape[1]))
+            rows = self.mlp_norm[own](rows + self._mlp(rows, products))
+        return rows[:, : self.memslots]
 
     def _attention(self, qkv, queries):
-        """Projections (R, B, N * (2K + D)) -> what the first `queries` rows attend to, (queries, B, F)."""
+        """Projections (B, R, N * (2K + D)) -> what the first `queries` rows attend to, (B, queries, F)."""
         sizes = (self.keysize, self.keysize, self.headsize)
         q, k, v = qkv.unflatten(-1, (self.numheads, -1)).split(sizes, dim=-1)
-        scores = torch.einsum("qbnk,rbnk->bnqr", q[:queries], k) / math.sqrt(self.keysize)
-        return torch.einsum("bnqr,rbnd->qbnd", scores.softmax(-1), v).flatten(2)
+        scores = torch.einsum("bqnk,brnk->bnqr", q[:, :queries], k) / math.sqrt(self.keysize)
+        return torch.einsum("bnqr,brnd->bqnd", scores.softmax(-1), v).flatten(2)
 
-    def _mlp(self, rows):
-        """(R, B, F) -> (R, B, F)."""
+    def _mlp(self, rows, products):
+        """(B, R, F) -> (B, R, F)."""
         for layer in range(self.attmlplayers):
             if layer > 0 and not self.port:
                 rows = torch.relu(rows)
-            rows = self.mlp[0 if self.port else layer](rows)
+            rows = products[f"mlp.{0 if self.port else layer}"](rows)
             if self.port:
                 rows = torch.relu(rows)
         return rows
 
-    def _gate(self, new, memory, row_gates):
-        """What of `new` comes in and what of `memory` stays, both (S, B, F); row_gates (B, 2F), (B, 2) or None."""
+    def _gate(self, new, memory, row_gates, products):
+        """What of `new` comes in and what of `memory` stays, both (B, S, F); row_gates (B, 2F), (B, 2) or None."""
         if self.gatestyle == "none":
             return new
-        i, f = (row_gates + self.memory_gates(torch.tanh(memory))).chunk(2, dim=-1)
-        return torch.sigmoid(i) * torch.tanh(new) + torch.sigmoid(f) * memory
-
-
-class JointLayerNorm(nn.Module):
-    """Layer norm over all rows and features of an example together: x (R, B, F), a gain and a bias for each (R, F)."""
-
-    def __init__(self, rows, features):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(rows, 1, features))
-        self.bias = nn.Parameter(torch.zeros(rows, 1, features))
-
-    def forward(self, x):
-        """(R, B, F) -> (R, B, F)."""
-        variance, mean = torch.var_mean(x, dim=(0, 2), correction=0, keepdim=True)
-        return (x - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
+        gates = row_gates[:, None] + products["memory_gates"](torch.tanh(memory))
+        i, f = torch.sigmoid(gates).chunk(2, dim=-1)
+        return torch.addcmul(f * memory, i, torch.tanh(new))
 
 
 class RMC(nn.Module):

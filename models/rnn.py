@@ -4,36 +4,41 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .products import step_linear
+
 
 def elman_cell(nonlinearity):
-    """The step h' = g(W_ih x + b_ih + W_hh h + b_hh), g = `nonlinearity` (Elman 1990)."""
+    """The step h' = g(W_ih x + b_ih + W_hh h + b_hh), g = `nonlinearity` (Elman 1990).
 
-    def cell(x_gates, state, w_hh, b_hh):
-        return (nonlinearity(x_gates + functional.linear(state[0], w_hh, b_hh)),)
+    Of every cell: x_gates (B, gates) is W_ih x + b_ih, product is h -> W_hh h + b_hh; returns the state after the step.
+    """
+
+    def cell(x_gates, state, product):
+        return (nonlinearity(x_gates + product(state[0])),)
 
     return cell
 
 
-def gru_cell(x_gates, state, w_hh, b_hh):
+def gru_cell(x_gates, state, product):
     """Cho et al. 2014, with the reset gate after the product, as cuDNN and torch have it. Gate order r, z, n.
 
     r = sigmoid(.), z = sigmoid(.), n = tanh(x_n + r * (W_hn h + b_hn)), h' = (1 - z) n + z h.
     """
     (h,) = state
     x_r, x_z, x_n = x_gates.chunk(3, dim=-1)
-    h_r, h_z, h_n = functional.linear(h, w_hh, b_hh).chunk(3, dim=-1)
+    h_r, h_z, h_n = product(h).chunk(3, dim=-1)
     r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
     n = torch.tanh(x_n + r * h_n)
     return (n + z * (h - n),)
 
 
-def lstm_cell(x_gates, state, w_hh, b_hh):
+def lstm_cell(x_gates, state, product):
     """Hochreiter & Schmidhuber 1997, with forget gate, no peepholes. Gate order i, f, g, o.
 
     c' = f c + i g, h' = o tanh(c'), with i, f, o = sigmoid(.), g = tanh(.).
     """
     h, c = state
-    i, f, g, o = (x_gates + functional.linear(h, w_hh, b_hh)).chunk(4, dim=-1)
+    i, f, g, o = (x_gates + product(h)).chunk(4, dim=-1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
@@ -86,9 +91,10 @@ class RNN(nn.Module):
                 getattr(self.rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             )
             step_state = tuple(part[layer] for part in state)
-            outputs = []
-            for x_gates in functional.linear(x, w_ih, b_ih).unbind(0):
-                step_state = self.cell(x_gates, step_state, w_hh, b_hh)
+            product, outputs = step_linear(w_hh, b_hh), []
+            gates = functional.linear(x, w_ih, b_ih).to(state[0].dtype)  # the recurrence is never narrower
+            for x_gates in gates.unbind(0):
+                step_state = self.cell(x_gates, step_state, product)
                 outputs.append(step_state[0])
             x = torch.stack(outputs)
             if layer + 1 < self.rnn.num_layers:

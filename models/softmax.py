@@ -6,16 +6,17 @@ from torch.nn import functional
 
 IGNORE = -1
 """A target of this value is not scored."""
-CHUNK = {"cpu": 1 << 24, "cuda": 1 << 25}
-"""Logits that exist at once, by device: 64 MiB of float32 on a processor, 128 on a GPU."""
+CHUNK = {"cpu": 1 << 23, "cuda": 1 << 25}
+"""Logits that exist at once, by device, unless the weights are more: 32 MiB of float32 on a processor, 128 on a GPU."""
 
 
 def cross_entropy(hidden, weight, bias, targets):
     """Sum of -log softmax(W h + b)[target] in nats, a 0-d tensor of float32 or wider.
 
     hidden (..., H), weight (V, H), bias (V,) or None, targets (...), integers; those of IGNORE count nothing.
-    The logits are made in chunks of CHUNK and forgotten; when a gradient will be asked for, it is computed while they
-    are there. Under autocast the products are in its type, everything else in float32.
+    The logits are made in chunks and forgotten; when a gradient will be asked for, it is computed while they are there.
+    A chunk has H rows or more: each reads and writes the whole (V, H) gradient.
+    Under autocast the products are in its type, everything else in float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -31,33 +32,30 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, dtype, training):
         wide = torch.promote_types(dtype, torch.float32)
-        scored, places = (targets != IGNORE).to(wide), targets.clamp(min=0)[:, None]
+        scored, places = (targets != IGNORE).to(wide), targets.clamp(min=0)
         narrow_hidden, narrow_weight = (hidden * scored[:, None]).to(dtype), weight.to(dtype)
-        losses = torch.empty_like(scored)
-        if training:
-            d_hidden = torch.empty_like(hidden)
-            d_weight = torch.zeros_like(weight, dtype=wide)
-            d_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        rows = max(1, CHUNK[hidden.device.type] // len(weight))
-        for begin in range(0, len(hidden), rows):
-            part = slice(begin, begin + rows)
-            logits = torch.mm(narrow_hidden[part], narrow_weight.t())
-            logits = logits.to(wide) if bias is None else logits + bias.to(wide)
+        rows = max(CHUNK[hidden.device.type] // len(weight), hidden.shape[1])
+        chunks = max(1, round(len(hidden) / rows))
+        losses, d_hidden, d_weight, d_bias = [], [], 0, 0
+        parts = (part.tensor_split(chunks) for part in (narrow_hidden, places, scored))
+        for x, place, scored_part in zip(*parts, strict=True):
+            logits = torch.mm(x, narrow_weight.t()).to(wide)
+            if bias is not None:
+                logits += bias
             # log of the sum of exponentials, by way of the largest logit and its probability
             p = torch.softmax(logits, 1)
-            log_sum = logits.amax(1) - p.amax(1).log()
-            losses[part] = log_sum - logits.gather(1, places[part])[:, 0]
+            losses.append(logits.amax(1) - p.amax(1).log() - logits.gather(1, place[:, None])[:, 0])
             if training:
-                p[torch.arange(len(p), device=p.device), places[part, 0]] -= 1
+                p[torch.arange(len(p), device=p.device), place] -= 1
                 if bias is not None:
-                    d_bias += torch.mm(scored[None, part], p)[0]
+                    d_bias += torch.mm(scored_part[None], p)[0]
                 p = p.to(dtype)
-                d_hidden[part] = torch.mm(p, narrow_weight) * scored[part, None]
-                d_weight += torch.mm(p.t(), narrow_hidden[part])
+                d_hidden.append((torch.mm(p, narrow_weight) * scored_part[:, None]).to(hidden.dtype))
+                d_weight += torch.mm(p.t(), x).to(wide)
         if training:
-            gradients = (d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype))
-            ctx.save_for_backward(*gradients)
-        return torch.dot(losses, scored)
+            d_bias = None if bias is None else d_bias.to(bias.dtype)
+            ctx.save_for_backward(torch.cat(d_hidden), d_weight.to(weight.dtype), d_bias)
+        return torch.dot(torch.cat(losses), scored)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

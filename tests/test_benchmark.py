@@ -1,6 +1,7 @@
 """Tables are what their records say, again and again; speed is measured as it says."""
 
 import copy
+import importlib
 import json
 import shutil
 
@@ -8,9 +9,8 @@ import pytest
 import torch
 
 import benchmark
-import train_rnn
 from models import build
-from utils import UserError, cli, report, runtime, trainer
+from utils import UserError, cli, report, workers
 
 PAGE = "# Small\n\nbefore\n\n<!-- small -->\n{}<!-- /small -->\n\nafter\n"
 SMALL = "--emsize 11 --nhid 11 --batch-size 7 --bptt 13"
@@ -187,7 +187,7 @@ def test_the_tables_of_this_repository_are_what_their_records_say(tmp_path):
 def candidates(monkeypatch):
     """Small models under three of the real names."""
     flags = {"LSTM, port": "", "LSTM loop, port": " --loop", "GRU, port": " --model GRU"}
-    small = {name: (train_rnn, f"--recipe port {SMALL}{flag}") for name, flag in flags.items()}
+    small = {name: ("train_rnn", f"--recipe port {SMALL}{flag}") for name, flag in flags.items()}
     monkeypatch.setattr(benchmark, "CANDIDATES", small)
 
 
@@ -199,55 +199,114 @@ def speed(capsys, *flags):
     return cells(out[start:]), out[:start].splitlines()
 
 
-def test_speed_prints_a_row_a_candidate(candidates, capsys):
-    """Sizes, and times that fit each other; above them what was timed on which machine."""
-    rows, lines = speed(capsys, "--rounds", "1", "--warmup", "1", "--only", "LSTM, port")
+def test_speed_prints_a_row_a_candidate(candidates, capsys, tmp_path):
+    """Times that fit each other; above them what was timed on which machine; the page is what its record says."""
+    place = ("--record", "small", "--results", str(tmp_path))
+    rows, lines = speed(capsys, "--rounds", "1", "--warmup", "1", "--only", "LSTM, port", *place)
     assert len(rows) == 1
     row = rows[0]
     milliseconds = float(row["ms/batch, median (range)"].split()[0])
-    assert (row["model"], row["batch x BPTT"]) == ("LSTM, port", "7 x 13")
-    assert row["parameters"] == f"{50 * 11 + 4 * 11 * (11 + 11 + 2) + 50:,}"
-    assert 0 <= float(row["forward ms"]) <= milliseconds
-    assert int(row["tokens/s"].replace(",", "")) == pytest.approx(7 * 13 * 1000 / milliseconds, rel=0.2)
-    assert any("vocabulary 50 | 1 rounds" in line for line in lines)
+    assert row["model"] == "LSTM, port"
+    assert float(row["forward only ms"]) <= milliseconds + 1
+    assert int(row["tokens/s"].replace(",", "")) == pytest.approx(7 * 13 * 1000 / milliseconds, rel=0.5)
+    assert int(row["launches"]) > 20 and float(row["peak MiB"]) >= 0
+    assert any("Vocabulary 50" in line and "--rounds 1" in line for line in lines)
     assert any(f"torch {torch.__version__}" in line and "threads" in line for line in lines)
+    record = report.read_record(tmp_path / "speed" / "small.json")
+    assert record["rows"][0]["tokens"] == 7 * 13 and record["rows"][0]["products_ms"] > 0
+    page = (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert benchmark.speed_text(record) in page
+
+
+class Stand_in:
+    """A worker that answers what it was told to."""
+
+    def __init__(self, steps, **answers):
+        self.steps, self.answers, self.ended = iter(steps), answers, False
+
+    def __call__(self, method, *arguments):
+        return (next(self.steps), 1.0) if method == "step" else self.answers[method]
+
+    def end(self):
+        self.ended = True
 
 
 def test_speed_is_the_median_of_the_rounds_after_the_warmup(candidates, capsys, monkeypatch):
-    """By a clock that is set by hand: warm-up steps do not count; candidates take turns, each with its own state."""
-    forward, full = (500.0, 5.0, 7.0, 6.0), (900.0, 40.0, 10.0, 30.0)
-    step, models, passed, returned = trainer.training_step, [], [], []
+    """Warm-up steps do not count; ratios to the peer are of the steps of one round, launches and peaks of one step."""
+    monkeypatch.setattr(benchmark, "RIVALS", {"LSTM, port": ("port-rnn", "LSTM, port")})
+    common = {"forward": 5.0, "launches": 30, "products": (20.0, 1.5)}
+    workers = {
+        "LSTM, port": Stand_in((900.0, 40.0, 10.0, 30.0), **common),
+        "port-rnn (LSTM, port)": Stand_in((900.0, 80.0, 30.0, 15.0), forward=6.0, launches=120),
+    }
+    memory = {"LSTM, port": 10.0, "port-rnn (LSTM, port)": 40.0}
+    monkeypatch.setattr(benchmark, "start_workers", lambda args: (memory, workers))
+    rows, _ = speed(capsys, "--rounds", "3", "--warmup", "1")
+    assert rows[0] == {
+        "model": "LSTM, port",
+        "ms/batch, median (range)": "30 (10 to 40)",
+        "tokens/s": f"{7 * 13 / 0.030:,.0f}",
+        "forward only ms": "5",
+        "launches": "30",
+        "peak MiB": "10",
+        "products alone ms": "20",
+        "step / products": "1.50",
+        "times the peer's speed": "2.00 (0.50 to 3.00)",
+        "launches / peer's": "0.25",
+        "peak / peer's": "0.25",
+    }
+    assert rows[1]["ms/batch, median (range)"] == "30 (15 to 80)"
+    assert all(worker.ended for worker in workers.values())
 
-    class Clock:
-        def __init__(self, device):
-            ends = zip(forward, full, strict=True)
-            self.marks = (1000.0 * number + time for number, pair in enumerate(ends) for time in (0, *pair))
 
-        def mark(self):
-            return next(self.marks)
+def test_what_differs_from_its_reference_is_not_timed(candidates, capsys, monkeypatch):
+    """It is left out with a line; the others stay; every process is let go."""
+    made = []
 
-        def milliseconds(self, start, end):
-            return end - start
+    def worker(script, flags, peer, checkout, args):
+        made.append(Stand_in((), difference=1e-4 if "GRU" in flags else 1e-6, memory=3.0))
+        return made[-1]
 
-    def training_step(model, optimizer, tokens, targets, state, *rest):
-        weights = copy.deepcopy(model.state_dict())
-        result = step(model, optimizer, tokens, targets, state, *rest)
-        assert tokens.shape == targets.shape == (13, 7) and max(tokens.max(), targets.max()) < 50
-        assert not torch.equal(weights["head.weight"], model.head.weight)
-        models.append(model)
-        passed.append(state)
-        returned.append(result[3])
-        return result
+    monkeypatch.setattr(benchmark, "Worker", worker)
+    args = benchmark.build_parser().parse_args(["speed"])
+    memory, workers = benchmark.start_workers(args)
+    assert list(memory) == list(workers) == ["LSTM, port", "LSTM loop, port"]
+    assert [worker.ended for worker in made] == [False, True, False, True, True]
+    assert "GRU, port: its loss is 1.0e-04 off its reference, more than 1e-05: not timed" in capsys.readouterr().out
 
-    monkeypatch.setattr(runtime, "Clock", Clock)
-    monkeypatch.setattr(trainer, "training_step", training_step)
-    rows, _ = speed(capsys, "--rounds", "3", "--warmup", "1", "--only", "loop", "GRU")
-    assert [row["model"] for row in rows] == ["LSTM loop, port", "GRU, port"]
-    for row in rows:
-        assert row["ms/batch, median (range)"] == "30.0 (10.0 to 40.0)"
-        assert (row["forward ms"], row["tokens/s"]) == ("6.0", f"{7 * 13 / 0.030:,.0f}")
-    assert models == models[:2] * 4 and models[0] is not models[1]
-    assert all(after is before for after, before in zip(passed[2:], returned, strict=False))
+
+@pytest.mark.parametrize("name", ["LSTM, port", "LSTM loop, port"])
+def test_a_candidate_measures_its_own_step(candidates, name):
+    """Two calls are two updates; a loss near its reference's, unless a weight of the computation is another."""
+    args = benchmark.build_parser().parse_args(
+        ["speed", "--vocab-size", "53", "--threads", str(torch.get_num_threads())]
+    )
+    candidate = workers.Candidate(*benchmark.CANDIDATES[name], None, None, args)
+    assert candidate.tokens.shape == candidate.targets.shape == (13, 7) and candidate.tokens.max() < 53
+    assert candidate.difference() < 1e-6
+    before, state = copy.deepcopy(candidate.model.state_dict()), candidate.state
+    full, forward = candidate.step()
+    assert full >= forward > 0 and candidate.forward() > 0
+    assert not torch.equal(before["head.weight"], candidate.model.head.weight)
+    assert not torch.equal(state[0], candidate.state[0])
+    assert candidate.launches() > 20
+    milliseconds, gflop = candidate.products()
+    # embedding to gates, hidden to gates, head; each with its two gradients
+    assert gflop == pytest.approx(3 * 2 * 7 * 13 * 11 * (44 + 44 + 53) / 1e9, rel=0.02) and milliseconds > 0
+    loss = candidate.model.head.loss
+    candidate.model.head.loss = lambda hidden, targets: loss(hidden, targets) * 1.001
+    assert candidate.difference() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_a_process_that_dies_is_one_line(candidates):
+    """Its UserError is raised here; one that dies without a word is named."""
+    args = benchmark.build_parser().parse_args(["speed", "--vocab-size", "53"])
+    with pytest.raises(UserError, match=r"^gone/rnn_models\.py is not there: name a checkout of L0SG[^\n]*$"):
+        workers.Worker(*benchmark.CANDIDATES["LSTM, port"], "port-rnn", "gone", args)
+    worker = workers.Worker(*benchmark.CANDIDATES["LSTM, port"], None, None, args)
+    worker.process.kill()
+    with pytest.raises(UserError, match=r"^a process that measures has died[^\n]*$"):
+        worker("launches")
 
 
 def test_speed_refuses_what_it_does_not_know(candidates, fails):
@@ -257,6 +316,15 @@ def test_speed_refuses_what_it_does_not_know(candidates, fails):
     assert "--rounds" in fails(benchmark.main, "speed", "--rounds", 0)
 
 
+def test_the_speed_page_is_what_its_records_say():
+    """Each record in results/speed/ is rendered between its markers."""
+    page = benchmark.RESULTS / "speed.md"
+    for path in sorted((benchmark.RESULTS / "speed").glob("*.json")):
+        record = report.read_record(path)
+        text = page.read_text(encoding="utf-8").split(f"<!-- {path.stem} -->\n")[1].split(f"<!-- /{path.stem} -->")[0]
+        assert text.strip() == benchmark.RENDERERS[record["kind"]](record).strip(), path.name
+
+
 PARAMETERS = {
     "LSTM, port": 10739078,
     "LSTM loop, port": 10739078,
@@ -264,6 +332,7 @@ PARAMETERS = {
     "Elman tanh, port": 33278 * 301 + 300 * 602,
     "LSTM, example": 13987678,
     "LSTM tied, example": 13987678 - 33278 * 200,
+    "LSTM 650 tied, example": 33278 * 651 + 2 * 4 * 650 * 1302,
     "RMC, paper's form": 11842622,
     "RMC, port's form": 10667072,
 }
@@ -272,7 +341,8 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", benchmark.CANDIDATES)
 def test_candidates_are_what_their_names_say(name):
     """Their flags are of their script; the recurrent ones have the published numbers of parameters."""
-    module, flags = benchmark.CANDIDATES[name]
+    script, flags = benchmark.CANDIDATES[name]
+    module = importlib.import_module(script)
     args, _ = cli.parse_training(module.build_parser(), module.RECIPES, flags.split())
     with torch.device("meta"):
         model = build(module.model_config(args, 33278))

@@ -74,7 +74,7 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
         assert "| LSTM 1x17" in (tmp_path / f"{name}.md").read_text()
     else:
         small = " ".join(["", *SMALL])
-        candidates = {n: (m, flags + small) for n, (m, flags) in benchmark.CANDIDATES.items() if m is train_rnn}
+        candidates = {n: (m, flags + small) for n, (m, flags) in benchmark.CANDIDATES.items() if m == "train_rnn"}
         monkeypatch.setattr(benchmark, "CANDIDATES", candidates)
         benchmark.main([*argv, "--rounds", "2", "--vocab-size", "31"])
         assert len(re.findall(r"\| LSTM", out())) >= 2

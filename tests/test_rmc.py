@@ -32,7 +32,7 @@ def norm(rows, gain, bias, joint):
         deviation = (((numbers - mean) ** 2).sum() / len(numbers) + 1e-5).sqrt()
         result += [(row - mean) / deviation for row in group]
     if joint:
-        return [row * g + b for row, g, b in zip(result, gain[:, 0], bias[:, 0], strict=True)]
+        return [row * g + b for row, g, b in zip(result, gain, bias, strict=True)]
     return [row * gain + bias for row in result]
 
 

@@ -6,10 +6,10 @@ import torch
 
 
 def build_optimizer(args, parameters):
-    """SGD (with momentum) or Adam; weight decay is L2 added to the gradient after clipping."""
+    """SGD (with momentum) or Adam, each in one pass over its memory; weight decay is L2 added after clipping."""
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.wdecay)
-    return torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.wdecay)
+        return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.wdecay, fused=True)
+    return torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.wdecay, fused=True)
 
 
 def build_schedule(args, optimizer):

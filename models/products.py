@@ -1,0 +1,102 @@
+"""Products inside a loop over time."""
+
+import torch
+from torch.nn import functional
+
+ROWS = 1024
+"""Rows of inputs that one product for a weight's gradient takes: enough for full speed, few enough for the cache."""
+
+
+def step_linear(weight, bias=None):
+    """x -> x W^T + b, for every step of a loop over time: what all steps share is done once.
+
+    weight (N, K), bias (N,) or None; the function takes x (..., K) and returns (..., N). Under autocast it computes in
+    its type. When a gradient will be asked for, the weight is converted and packed once for all steps, backwards, too,
+    and its own gradient is one product over all steps instead of one a step. Values are those of functional.linear.
+    """
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return lambda x: functional.linear(x, weight, bias)
+    shared = _Shared(weight, bias)
+    handle = _Collect.apply(weight, bias, shared)
+    return lambda x: _Step.apply(x, handle, shared)
+
+
+class _Shared:
+    """What the steps share: the weight for forward and backward products, and each step's part of its gradient."""
+
+    def __init__(self, weight, bias):
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        self.wide = weight.dtype
+        weight = weight.detach().to(self.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        packed = device == "cpu" and self.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.enabled
+        self.product = _onednn if packed and hasattr(torch.ops.mkldnn, "_linear_pointwise") else functional.linear
+        prepare = torch.ops.mkldnn._reorder_linear_weight if self.product is _onednn else torch.Tensor.contiguous
+        self.forward, self.backward = prepare(weight), prepare(weight.t().contiguous())
+        self.inputs, self.slopes, self.rows = [], [], 0
+        self.d_weight, self.d_bias = None, None
+
+    def add(self, x, slope):
+        """Take a step's input (..., K) and the gradient of its output (..., N)."""
+        self.inputs.append(x.flatten(0, -2))
+        self.slopes.append(slope.flatten(0, -2))
+        self.rows += len(self.inputs[-1])
+        if self.rows >= ROWS:
+            self._multiply()
+
+    def gradients(self):
+        """Of the weight (N, K) and the bias (N,) or None, from all steps added; the sums start anew."""
+        if self.rows:
+            self._multiply()
+        gradients = self.d_weight, self.d_bias
+        self.d_weight, self.d_bias = None, None
+        return gradients
+
+    def _multiply(self):
+        slopes, inputs = torch.cat(self.slopes), torch.cat(self.inputs)
+        self.inputs, self.slopes, self.rows = [], [], 0
+        parts = [torch.mm(slopes.t(), inputs), slopes.sum(0, dtype=self.wide) if self.bias is not None else None]
+        if self.d_weight is None:
+            self.d_weight, self.d_bias = parts[0].to(self.wide), parts[1]
+            return
+        self.d_weight += parts[0]
+        if self.bias is not None:
+            self.d_bias += parts[1]
+
+
+def _onednn(x, weight, bias=None):
+    """functional.linear with a packed weight."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Collect(torch.autograd.Function):
+    """A handle that every step depends on, so that its backward runs after theirs."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, shared):
+        ctx.shared = shared
+        return weight.new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _):
+        return *ctx.shared.gradients(), None
+
+
+class _Step(torch.autograd.Function):
+    """One step's product."""
+
+    @staticmethod
+    def forward(ctx, x, handle, shared):
+        ctx.shared, ctx.dtype = shared, x.dtype
+        x = x.to(shared.dtype)
+        ctx.save_for_backward(x)
+        return shared.product(x, shared.forward, shared.bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        ctx.shared.add(ctx.saved_tensors[0], slope)
+        return ctx.shared.product(slope, ctx.shared.backward).to(ctx.dtype), None, None

@@ -1,0 +1,192 @@
+"""What benchmark.py measures, each in a process of its own: its settings and its memory are nobody else's."""
+
+import contextlib
+import importlib
+import multiprocessing
+import time
+import types
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.batching import columns, windows
+from data.corpus import Corpus
+from models import build
+
+from . import UserError, cli, optim, runtime, timing, trainer
+from .evaluation import evaluate
+from .peers import PEERS
+
+
+class Candidate:
+    """A model and its optimizer, ready to take training steps on made-up text; or a peer with the same weights."""
+
+    def __init__(self, script, flags, peer, checkout, args):
+        module = importlib.import_module(script)
+        self.flags, _ = cli.parse_training(module.build_parser(), module.RECIPES, [*flags.split(), "--amp", args.amp])
+        if peer:  # as its users run it, denormals apart
+            self.device = torch.device("cpu")
+            torch.set_num_threads(torch.get_num_threads() if args.threads is None else args.threads)
+            torch.set_flush_denormal(True)
+        else:
+            self.device, _ = runtime.setup(args)
+        torch.manual_seed(self.flags.seed)
+        self.model = build(module.model_config(self.flags, args.vocab_size)).to(self.device)
+        batch, bptt = self.flags.batch_size, self.flags.bptt
+        ids = np.random.default_rng(0).zipf(1.1, batch * (bptt + 1)) % args.vocab_size
+        self.tokens, self.targets = next(windows(columns(ids, batch).to(self.device), bptt))
+        self.clock = runtime.Clock(self.device)
+        self.peer = PEERS[peer](checkout, self.flags, self.model) if peer else None
+        if peer:
+            self.state = self.peer.state(batch)
+        else:
+            self.optimizer = optim.build_optimizer(self.flags, self.model.parameters())
+            self.state = self.model.initial_state(batch)
+
+    @torch.no_grad()
+    def difference(self):
+        """Relative difference of the loss of five steps, without dropout, from float64, all logits at once."""
+        tokens, targets = self.tokens[:5], self.targets[:5]
+        state = self.model.initial_state(tokens.shape[1])
+        self.model.eval()
+        if self.peer:
+            self.peer.model.eval()
+            loss, _ = self.peer.loss(tokens, targets, self.peer.state(tokens.shape[1]))
+            self.peer.model.train()
+        else:
+            with runtime.autocast(self.device, self.flags.amp):
+                loss, _, count, _ = self.model(tokens, targets, state)
+            loss = loss.sum() / count.sum()
+        wide = self.model.double()
+        hidden, _ = wide.hidden(tokens, tuple(part.double() for part in state))
+        exact = -wide.log_probs(hidden).gather(-1, targets[..., None]).mean()
+        self.model.float().train()
+        return abs(loss / exact - 1).item()
+
+    def step(self):
+        """One training step: its milliseconds and those of the forward pass in it."""
+        start = self.clock.mark()
+        if self.peer:
+            loss, self.state = self.peer.loss(self.tokens, self.targets, self.state)
+            forward = self.clock.mark()
+            self.peer.backward(loss)
+        else:
+            _, _, _, self.state, forward = trainer.training_step(
+                self.model, self.optimizer, self.tokens, self.targets, self.state, self.flags, self.clock
+            )
+        end = self.clock.mark()
+        return self.clock.milliseconds(start, end), self.clock.milliseconds(start, forward)
+
+    @torch.no_grad()
+    def forward(self):
+        """Milliseconds of a forward pass that no gradient will be asked of."""
+        start = self.clock.mark()
+        if self.peer:
+            self.peer.loss(self.tokens, self.targets, self.state)
+        else:
+            with runtime.autocast(self.device, self.flags.amp):
+                self.model(self.tokens, self.targets, self.state)
+        end = self.clock.mark()
+        return self.clock.milliseconds(start, end)
+
+    def memory(self):
+        """Peak MiB of two training steps above what was there before them, parameters and imports."""
+        return timing.memory_above(lambda: (self.step(), self.step()), self.device)
+
+    def launches(self):
+        """Tensor operations of a training step that are no views."""
+        return timing.count(self.step).launches
+
+    def products(self):
+        """Milliseconds and GFLOP of a training step's matrix products alone."""
+        return timing.products_alone(timing.count(self.step).products)
+
+    def evaluate(self, ids):
+        """Seconds and perplexity of ids (N,), in one column."""
+        start = time.perf_counter()
+        if self.peer:
+            perplexity = self.peer.evaluate(torch.from_numpy(ids).long())
+        else:
+            perplexity = evaluate(self.model, ids, 1, self.flags.amp).perplexity
+        return time.perf_counter() - start, perplexity
+
+
+class Worker:
+    """A Candidate in a process of its own: its settings and memory are nobody else's."""
+
+    def __init__(self, *candidate):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other, *candidate), daemon=True)
+        self.process.start()
+        other.close()
+        self.receive()
+
+    def __call__(self, method, *arguments):
+        """The result of a method of the Candidate."""
+        with contextlib.suppress(OSError):  # receive says so
+            self.pipe.send((method, arguments))
+        return self.receive()
+
+    def receive(self):
+        """What the process sends; raises the UserError that it met, or one that says that it died."""
+        try:
+            result = self.pipe.recv()
+        except (EOFError, OSError):
+            raise UserError("a process that measures has died; its message is above") from None
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def end(self):
+        """Let the process go."""
+        self.pipe.close()
+        self.process.join()
+
+
+def work(pipe, *candidate):
+    """Build a Candidate, then do what is asked until the other end is closed."""
+    try:
+        candidate = Candidate(*candidate)
+        pipe.send("ready")
+    except UserError as error:
+        pipe.send(error)
+        return
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(getattr(candidate, method)(*arguments))
+
+
+def load_once(kind, folder, port):
+    """Seconds and peak MiB, above what was there before, of one load, in a process of its own."""
+    call = partial(Corpus.load, folder, notice=lambda line: None)
+    if kind == "port":
+        source = (Path(port) / "data.py").read_text(encoding="utf-8")
+        module = types.ModuleType("port_data")
+        exec(compile(source, "data.py", "exec"), module.__dict__)
+        call = partial(module.Corpus, folder)
+    start = time.perf_counter()
+    memory = timing.memory_above(call, torch.device("cpu"))
+    return time.perf_counter() - start, memory
+
+
+def write_zipf(folder, tokens, types):
+    """Text of `tokens` words that follow Zipf's law over `types`, every type at least once, in lines of 25 words."""
+    generator = np.random.default_rng(0)
+    words = np.array([f"w{number}" for number in range(types)], dtype=object)
+    weights = np.cumsum(1 / np.arange(1, types + 1))
+    with open(folder / "train.txt", "w", encoding="utf-8") as file:
+        for ids in np.array_split(np.arange(types), 1 + types // 100_000):
+            file.write(" ".join(words[ids]) + "\n")
+        left = tokens - types
+        while left > 0:
+            ids = np.searchsorted(weights, generator.random(min(left, 1_000_000)) * weights[-1])
+            file.writelines(" ".join(line) + "\n" for line in np.array_split(words[ids], max(1, len(ids) // 25)))
+            left -= len(ids)
+    for split in ("valid", "test"):
+        (folder / f"{split}.txt").write_text(" ".join(words[:1000]) + "\n", encoding="utf-8")
