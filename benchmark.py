@@ -1,6 +1,5 @@
 """Tables from run records, and the speed of training steps."""
 
-import importlib
 import multiprocessing
 import shutil
 import statistics
@@ -10,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from data.corpus import find_corpus, split_file
+from data.corpus import Corpus, find_corpus, split_file
 from utils import UserError, cli, report, runtime
+from utils.peers import PEERS
 from utils.workers import Worker, load_once, write_zipf
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,6 +27,13 @@ CANDIDATES = {
     "LSTM 650 tied, example": ("train_rnn", "--recipe example --tied --emsize 650 --nhid 650"),
     "RMC, paper's form": ("train_rmc", "--variant paper"),
     "RMC, port's form": ("train_rmc", "--variant port"),
+}
+
+# Likewise, at WikiText-103's size; only when --only names them: a step takes most of a minute and gigabytes.
+LARGE = {
+    "RMC, WikiText-103, full softmax": ("train_rmc", "--emsize 512 --headsize 625 --no-tied"),
+    "RMC, WikiText-103, tied": ("train_rmc", "--emsize 512 --headsize 625"),
+    "RMC, WikiText-103, adaptive": ("train_rmc", "--emsize 512 --headsize 625 --adaptivesoftmax"),
 }
 
 # Whom a candidate is compared with: a peer, the candidate whose flags and weights the peer takes.
@@ -114,11 +121,12 @@ def table(args):
 
 def chosen(args):
     """{name: arguments of its Candidate} for those that --only names and their peers whose checkouts are given."""
-    names = [name for name in CANDIDATES if not args.only or any(word in name for word in args.only)]
+    every = {**CANDIDATES, **LARGE} if args.only else CANDIDATES
+    names = [name for name in every if not args.only or any(word in name for word in args.only)]
     if not names:
-        raise UserError(f"--only {' '.join(args.only)} names no candidate: there are {', '.join(CANDIDATES)}")
+        raise UserError(f"--only {' '.join(args.only)} names no candidate: there are {', '.join(every)}")
     checkouts = {"port-rnn": args.port, "port-rmc": args.port, "example": args.example}
-    found = {name: (*CANDIDATES[name], None, None, args) for name in names}
+    found = {name: (*every[name], None, None, args) for name in names}
     for peer, name in dict.fromkeys(RIVALS[name] for name in names if name in RIVALS):
         if checkouts[peer]:
             found[rival_name((peer, name))] = (*CANDIDATES[name], peer, checkouts[peer], args)
@@ -171,25 +179,39 @@ def speed(args):
     for name, worker in workers.items():
         row = {"name": name, "ms": steps[name], "forward_ms": forward[name], "memory_mib": memory[name]}
         row["launches"] = worker("launches")
-        if name in CANDIDATES:
+        if not name.startswith(tuple(PEERS)):
             row["products_ms"], row["gflop"] = worker("products")
-            flags, _ = cli.parse_training(*script_parser(name), CANDIDATES[name][1].split())
-            row["tokens"] = flags.batch_size * flags.bptt
+            row["tokens"] = worker("tokens_a_step")
         worker.end()
         rows.append(row)
     finish(args, machine, {"kind": "speed", "vocab_size": args.vocab_size, "rows": rows})
-
-
-def script_parser(name):
-    """Parser and recipes of a candidate's script."""
-    module = importlib.import_module(CANDIDATES[name][0])
-    return module.build_parser(), module.RECIPES
 
 
 SPEED_COLUMNS = (
     "model", "ms/batch, median (range)", "tokens/s", "forward only ms", "launches", "peak MiB", "products alone ms",
     "step / products", "times the peer's speed", "launches / peer's", "peak / peer's",
 )  # fmt: skip
+
+
+def memory(args):
+    """Peak memory of training steps above parameters and imports, of each candidate and peer in a fresh process."""
+    _, machine = runtime.setup(args)
+    rows = []
+    for name, candidate in chosen(args).items():
+        worker = Worker(*candidate)
+        rows.append({"name": name, "parameters": worker("parameters"), "memory_mib": worker("memory")})
+        worker.end()
+    finish(args, machine, {"kind": "memory", "vocab_size": args.vocab_size, "rows": rows})
+
+
+def memory_text(record):
+    """The markdown of a memory record."""
+    header = ("model", "parameters", "parameters MiB", "peak MiB of two training steps, above the parameters")
+    rows = [
+        [row["name"], f"{row['parameters']:,}", f"{row['parameters'] / 2**18:,.0f}", f"{row['memory_mib']:,.0f}"]
+        for row in record["rows"]
+    ]
+    return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
 
 
 def speed_text(record):
@@ -216,7 +238,7 @@ def speed_text(record):
 def evaluation(args):
     """Time the evaluation of a corpus's test split in one column: LSTM 650 tied, beside pytorch/examples."""
     _, machine = runtime.setup(args)
-    corpus = cli.load_corpus(args)
+    corpus = Corpus.load(find_corpus(args.data), args.vocab, args.vocab_size, notice=report.say)
     args.vocab_size = len(corpus.vocabulary)
     ids = corpus.test[: args.tokens + 1]
     name = "LSTM 650 tied, example"
@@ -310,7 +332,7 @@ def finish(args, machine, figures):
     report.say(text)
 
 
-RENDERERS = {"speed": speed_text, "evaluation": evaluation_text, "load": load_text}
+RENDERERS = {"speed": speed_text, "memory": memory_text, "evaluation": evaluation_text, "load": load_text}
 
 
 def build_parser():
@@ -322,11 +344,14 @@ def build_parser():
     command.add_argument("runs", nargs="*", metavar="RUN", help="run folders or run records to add")
     command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where tables and records are")
     command.set_defaults(call=table)
+    command = commands.add_parser("memory", description=memory.__doc__, help="peak memory of training steps")
+    add_choice(command)
+    add_record(command)
+    command.set_defaults(call=memory)
     command = commands.add_parser("speed", description=speed.__doc__, help="time training steps")
-    command.add_argument("--only", nargs="+", metavar="WORD", help="candidates whose name has one of these words")
+    add_choice(command)
     command.add_argument("--rounds", type=cli.positive_int, default=10, help="timed steps of each candidate")
     command.add_argument("--warmup", type=cli.positive_int, default=3, help="steps before, not timed")
-    command.add_argument("--vocab-size", type=cli.number(int, 3), default=33278, help="words; WikiText-2 has 33278")
     add_record(command)
     command.set_defaults(call=speed)
     command = commands.add_parser("evaluation", description=evaluation.__doc__, help="time an evaluation in one column")
@@ -343,6 +368,12 @@ def build_parser():
     add_record(command)
     command.set_defaults(call=load)
     return parser
+
+
+def add_choice(parser):
+    """What to measure."""
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="candidates whose name has one of these words")
+    parser.add_argument("--vocab-size", type=cli.number(int, 3), default=33278, help="words; WikiText-2 has 33278")
 
 
 def add_record(parser):

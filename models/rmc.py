@@ -142,8 +142,12 @@ class RelationalMemory(nn.Module):
         """Projections (B, R, N * (2K + D)) -> what the first `queries` rows attend to, (B, queries, F)."""
         sizes = (self.keysize, self.keysize, self.headsize)
         q, k, v = qkv.unflatten(-1, (self.numheads, -1)).split(sizes, dim=-1)
-        scores = torch.einsum("bqnk,brnk->bnqr", q[:, :queries], k) / math.sqrt(self.keysize)
-        return torch.einsum("bnqr,brnd->bqnd", scores.softmax(-1), v).flatten(2)
+        q = q[:, :queries] / math.sqrt(self.keysize)
+        if self.memslots == 1:  # two rows: products element by element are faster than batched ones
+            weights = (q[:, :, None] * k[:, None]).sum(-1).softmax(2)
+            return (weights[..., None] * v[:, None]).sum(2).flatten(2)
+        weights = torch.einsum("bqnk,brnk->bnqr", q, k).softmax(-1)
+        return torch.einsum("bnqr,brnd->bqnd", weights, v).flatten(2)
 
     def _mlp(self, rows, products):
         """(B, R, F) -> (B, R, F)."""

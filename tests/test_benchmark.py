@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import benchmark
+from data import Corpus
 from models import build
 from utils import UserError, cli, report, workers
 
@@ -234,7 +235,7 @@ class Stand_in:
 def test_speed_is_the_median_of_the_rounds_after_the_warmup(candidates, capsys, monkeypatch):
     """Warm-up steps do not count; ratios to the peer are of the steps of one round, launches and peaks of one step."""
     monkeypatch.setattr(benchmark, "RIVALS", {"LSTM, port": ("port-rnn", "LSTM, port")})
-    common = {"forward": 5.0, "launches": 30, "products": (20.0, 1.5)}
+    common = {"forward": 5.0, "launches": 30, "products": (20.0, 1.5), "tokens_a_step": 91}
     workers = {
         "LSTM, port": Stand_in((900.0, 40.0, 10.0, 30.0), **common),
         "port-rnn (LSTM, port)": Stand_in((900.0, 80.0, 30.0, 15.0), forward=6.0, launches=120),
@@ -307,6 +308,50 @@ def test_a_process_that_dies_is_one_line(candidates):
     worker.process.kill()
     with pytest.raises(UserError, match=r"^a process that measures has died[^\n]*$"):
         worker("launches")
+
+
+def test_memory_prints_a_row_a_candidate(candidates, capsys):
+    """Parameters, and a peak that is not nothing."""
+    benchmark.main(["memory", "--vocab-size", "5003", "--only", "LSTM, port"])
+    out = capsys.readouterr().out
+    (row,) = cells(out[out.index("| model |") :])
+    parameters = 5003 * 12 + 4 * 11 * (11 + 11 + 2)
+    assert (row["model"], row["parameters"]) == ("LSTM, port", f"{parameters:,}")
+    assert float(row.popitem()[1]) > 0
+
+
+@pytest.mark.parametrize(("kind", "options"), (("--data", ()), ("--tokens", ("--types", "101"))))
+def test_load_times_building_and_cache(capsys, tiny_corpus, tmp_path, kind, options):
+    """Of a corpus, which gets no cache by this, and of one that is made up; kept and rendered."""
+    value = str(tiny_corpus) if kind == "--data" else "5000"
+    before = files(tiny_corpus)
+    flags = ["load", kind, value, *options, "--rounds", "2", "--record", "load-x", "--results", str(tmp_path)]
+    benchmark.main(flags)
+    assert files(tiny_corpus) == before
+    rows = cells(capsys.readouterr().out.strip().split("\n\n")[-1])
+    assert [next(iter(row.values())) for row in rows] == ["build", "cached"]
+    record = report.read_record(tmp_path / "speed" / "load-x.json")
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in record["rows"])
+    assert benchmark.load_text(record) in (tmp_path / "speed.md").read_text(encoding="utf-8")
+
+
+def test_a_zipf_corpus(tmp_path):
+    """As many words and types as asked for, by falling frequency."""
+    workers.write_zipf(tmp_path, 30011, 53)
+    corpus = Corpus.load(tmp_path, notice=lambda line: None)
+    assert len(corpus.vocabulary) == 53 + 1
+    assert (corpus.train != corpus.vocabulary.ids["<eos>"]).sum() == 30011
+    words = [word for word in corpus.vocabulary.words if word != "<eos>"]
+    assert words[:3] == ["w0", "w1", "w2"]
+
+
+def test_evaluation_times_one_column(candidates, monkeypatch, capsys, tiny_corpus):
+    """The perplexity of the part of the test split that was asked for, by our evaluate."""
+    monkeypatch.setitem(benchmark.CANDIDATES, "LSTM 650 tied, example", benchmark.CANDIDATES["LSTM, port"])
+    benchmark.main(["evaluation", "--data", str(tiny_corpus), "--tokens", "37", "--rounds", "2"])
+    (row,) = cells(capsys.readouterr().out.strip().split("\n\n")[-1])
+    assert list(row)[1].startswith("seconds for 37 targets of ")
+    assert 1 < float(row["perplexity"]) < 1000 and row["times ours"] == "1.00 (1.00 to 1.00)"
 
 
 def test_speed_refuses_what_it_does_not_know(candidates, fails):

@@ -72,12 +72,15 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
         name = argv[1]
         benchmark.main([*argv, "--results", str(tmp_path)])
         assert "| LSTM 1x17" in (tmp_path / f"{name}.md").read_text()
-    else:
-        small = " ".join(["", *SMALL])
-        candidates = {n: (m, flags + small) for n, (m, flags) in benchmark.CANDIDATES.items() if m == "train_rnn"}
-        monkeypatch.setattr(benchmark, "CANDIDATES", candidates)
-        benchmark.main([*argv, "--rounds", "2", "--vocab-size", "31"])
-        assert len(re.findall(r"\| LSTM", out())) >= 2
+        return
+    small = " ".join(["", *SMALL])
+    candidates = {n: (m, flags + small) for n, (m, flags) in benchmark.CANDIDATES.items() if m == "train_rnn"}
+    monkeypatch.setattr(benchmark, "CANDIDATES", candidates)
+    sizes = {"speed": ["--rounds", "2", "--vocab-size", "31"], "memory": ["--vocab-size", "31"]}
+    sizes |= {"evaluation": ["--tokens", "50", "--rounds", "1"], "load": ["--rounds", "1"]}
+    benchmark.main([*argv, *sizes[argv[0]]])
+    rows = re.findall(r"^\| (LSTM|build|cached)", out(), re.M)
+    assert len(rows) >= (1 if argv[0] == "evaluation" else 2)
 
 
 def check_prepare(argv, out, source):
@@ -143,4 +146,4 @@ def small_splits(folder):
 def test_make_targets_exist(target):
     """The README's `make` targets say what they would do."""
     planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {"demo": "train_rnn.py --data pydocs", "test": "pytest"}[target] in planned
+    assert {"demo": "train_rmc.py --data pydocs", "test": "pytest"}[target] in planned

@@ -95,6 +95,14 @@ class Candidate:
         """Peak MiB of two training steps above what was there before them, parameters and imports."""
         return timing.memory_above(lambda: (self.step(), self.step()), self.device)
 
+    def tokens_a_step(self):
+        """Targets of a training step."""
+        return self.targets.numel()
+
+    def parameters(self):
+        """Parameters of our model, tied ones once."""
+        return self.model.num_params()
+
     def launches(self):
         """Tensor operations of a training step that are no views."""
         return timing.count(self.step).launches
