@@ -21,6 +21,7 @@ CANDIDATES = {
     "LSTM, port": ("train_rnn", "--recipe port"),
     "LSTM loop, port": ("train_rnn", "--recipe port --loop"),
     "GRU, port": ("train_rnn", "--recipe port --model GRU"),
+    "GRU loop, port": ("train_rnn", "--recipe port --model GRU --loop"),
     "Elman tanh, port": ("train_rnn", "--recipe port --model RNN_TANH"),
     "LSTM, example": ("train_rnn", "--recipe example"),
     "LSTM tied, example": ("train_rnn", "--recipe example --tied"),

@@ -21,6 +21,19 @@ def step_linear(weight, bias=None):
     return lambda x: _Step.apply(x, handle, shared)
 
 
+def prepare(weight, bias=None):
+    """x -> x W^T + b without gradients, for many calls: on a CPU the weight (N, K) is packed once, by oneDNN.
+
+    bias (N,) or None; x (..., K) has the weight's type.
+    """
+    weight = weight.detach().contiguous()
+    narrow = weight.dtype in (torch.float32, torch.bfloat16)
+    if weight.device.type != "cpu" or not narrow or not torch.backends.mkldnn.is_available():
+        return lambda x: functional.linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
 class _Shared:
     """What the steps share: the weight for forward and backward products, and each step's part of its gradient."""
 
@@ -31,10 +44,7 @@ class _Shared:
         self.wide = weight.dtype
         weight = weight.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
-        packed = device == "cpu" and self.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.enabled
-        self.product = _onednn if packed and hasattr(torch.ops.mkldnn, "_linear_pointwise") else functional.linear
-        prepare = torch.ops.mkldnn._reorder_linear_weight if self.product is _onednn else torch.Tensor.contiguous
-        self.forward, self.backward = prepare(weight), prepare(weight.t().contiguous())
+        self.forward, self.backward = prepare(weight, self.bias), prepare(weight.t())
         self.inputs, self.slopes, self.rows = [], [], 0
         self.d_weight, self.d_bias = None, None
 
@@ -66,11 +76,6 @@ class _Shared:
             self.d_bias += parts[1]
 
 
-def _onednn(x, weight, bias=None):
-    """functional.linear with a packed weight."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 class _Collect(torch.autograd.Function):
     """A handle that every step depends on, so that its backward runs after theirs."""
 
@@ -93,10 +98,10 @@ class _Step(torch.autograd.Function):
         ctx.shared, ctx.dtype = shared, x.dtype
         x = x.to(shared.dtype)
         ctx.save_for_backward(x)
-        return shared.product(x, shared.forward, shared.bias)
+        return shared.forward(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
         ctx.shared.add(ctx.saved_tensors[0], slope)
-        return ctx.shared.product(slope, ctx.shared.backward).to(ctx.dtype), None, None
+        return ctx.shared.backward(slope).to(ctx.dtype), None, None

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .lstm import lstm
 from .products import step_linear
 
 
@@ -43,6 +44,8 @@ def lstm_cell(x_gates, state, product):
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
+OWN_LSTM = 600
+"""Hidden units from which models/lstm.py trains faster in bfloat16 on a CPU than the library's kernel."""
 KINDS = {
     "LSTM": (nn.LSTM, {}, lstm_cell),
     "GRU": (nn.GRU, {}, gru_cell),
@@ -56,7 +59,8 @@ class RNN(nn.Module):
 
     model: LSTM, GRU, RNN_TANH or RNN_RELU. emsize: features of the input. nhid: hidden units of each layer.
     dropout: between layers, a fresh mask for every time step. loop: walk over time in Python, cell by cell, instead of
-    calling the library's kernel; weights, their names and the results are the same.
+    calling the library's kernel; weights, their names and the results are the same. Where it is faster, an LSTM is
+    trained by models/lstm.py instead, likewise.
 
     Deviation from L0SG's port in the loop: W_ih x of all steps is one product before it.
     """
@@ -77,27 +81,42 @@ class RNN(nn.Module):
     def forward(self, x, state):
         """x (T, B, E), state as initial_state gives it -> output (T, B, H), state after the last step in its dtype."""
         if self.loop:
-            output, new_state = self._walk(x, state)
+            output, new_state = self._stack(x, state, self._walk)
+        elif self.model == "LSTM" and self.output_size >= OWN_LSTM and _narrow_training(x):
+            output, new_state = self._stack(x, state, _lstm)
         elif self.model == "LSTM":
             output, new_state = self.rnn(x, state)
         else:
             output, *new_state = self.rnn(x, *state)
         return output, tuple(new.to(old.dtype) for new, old in zip(new_state, state, strict=True))
 
-    def _walk(self, x, state):
+    def _stack(self, x, state, layer):
+        """The layers in turn: layer(x_gates (T, B, gates), state (B, H)..., w_hh, b_hh) -> output, state."""
         finals = []
-        for layer in range(self.rnn.num_layers):
+        for number in range(self.rnn.num_layers):
             w_ih, w_hh, b_ih, b_hh = (
-                getattr(self.rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                getattr(self.rnn, f"{name}_l{number}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             )
-            step_state = tuple(part[layer] for part in state)
-            product, outputs = step_linear(w_hh, b_hh), []
             gates = functional.linear(x, w_ih, b_ih).to(state[0].dtype)  # the recurrence is never narrower
-            for x_gates in gates.unbind(0):
-                step_state = self.cell(x_gates, step_state, product)
-                outputs.append(step_state[0])
-            x = torch.stack(outputs)
-            if layer + 1 < self.rnn.num_layers:
+            x, final = layer(gates, tuple(part[number] for part in state), w_hh, b_hh)
+            if number + 1 < self.rnn.num_layers:
                 x = functional.dropout(x, self.rnn.dropout, self.training)
-            finals.append(step_state)
+            finals.append(final)
         return x, [torch.stack(parts) for parts in zip(*finals, strict=True)]
+
+    def _walk(self, gates, state, w_hh, b_hh):
+        product, outputs = step_linear(w_hh, b_hh), []
+        for x_gates in gates.unbind(0):
+            state = self.cell(x_gates, state, product)
+            outputs.append(state[0])
+        return torch.stack(outputs), state
+
+
+def _narrow_training(x):
+    """Whether this is a training step in bfloat16 on a CPU."""
+    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
+def _lstm(gates, state, w_hh, b_hh):
+    output, *final = lstm(gates + b_hh, w_hh, *state, torch.get_autocast_dtype("cpu"))
+    return output, final

@@ -374,6 +374,7 @@ PARAMETERS = {
     "LSTM, port": 10739078,
     "LSTM loop, port": 10739078,
     "GRU, port": 33278 * 301 + 3 * 300 * 602,
+    "GRU loop, port": 33278 * 301 + 3 * 300 * 602,
     "Elman tanh, port": 33278 * 301 + 300 * 602,
     "LSTM, example": 13987678,
     "LSTM tied, example": 13987678 - 33278 * 200,

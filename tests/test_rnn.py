@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from models import rnn
+from models.lstm import lstm
 from models.rnn import RNN
 
 EMSIZE, NHID = 13, 11
@@ -237,3 +239,32 @@ def test_state_dicts_of_loop_and_library_are_interchangeable(kind):
     fresh, _, _ = make(kind, 3, seed=3)
     fresh.load_state_dict(loop.state_dict())
     assert torch.equal(fresh(x, state)[0], library(x, state)[0])
+
+
+@pytest.mark.parametrize("nlayers", (1, 2))
+def test_large_lstms_train_in_bfloat16_by_our_own_recurrence(monkeypatch, nlayers):
+    """Only on a training step under autocast; outputs, states and gradients are those of float32 but for rounding."""
+    torch.manual_seed(8)
+    core = RNN("LSTM", emsize=5, nhid=7, nlayers=nlayers)
+    x, state = torch.randn(11, 3, 5), core.initial_state(3)
+    calls = []
+    monkeypatch.setattr(rnn, "lstm", lambda *arguments: (calls.append(1), lstm(*arguments))[1])
+
+    def run():
+        output, final = core(x, state)
+        gradients = torch.autograd.grad((output.float() ** 2).sum() + final[1].sum(), list(core.parameters()))
+        return [output, *final, *gradients]
+
+    exact = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        run()
+        monkeypatch.setattr(rnn, "OWN_LSTM", 7)
+        with torch.no_grad():
+            core(x, state)
+        assert not calls
+        rounded = run()
+    assert len(calls) == nlayers
+    assert {part.dtype for part in rounded} == {torch.float32}
+    names = ["output", "h", "c", *dict(core.named_parameters())]
+    errors = {n: ((a - b).norm() / b.norm()).item() for n, a, b in zip(names, rounded, exact, strict=True)}
+    assert not {name: error for name, error in errors.items() if not error < 2e-2}
