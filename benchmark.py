@@ -34,7 +34,10 @@ CANDIDATES = {
 LARGE = {
     "RMC, WikiText-103, full softmax": ("train_rmc", "--emsize 512 --headsize 625 --no-tied"),
     "RMC, WikiText-103, tied": ("train_rmc", "--emsize 512 --headsize 625"),
-    "RMC, WikiText-103, adaptive": ("train_rmc", "--emsize 512 --headsize 625 --adaptivesoftmax"),
+    "RMC, WikiText-103, adaptive": (
+        "train_rmc",
+        "--emsize 512 --headsize 625 --adaptivesoftmax --cutoffs 10000 50000 100000",
+    ),
 }
 
 # Whom a candidate is compared with: a peer, the candidate whose flags and weights the peer takes.
