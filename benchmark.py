@@ -11,7 +11,6 @@ import torch
 
 from data.corpus import Corpus, find_corpus, split_file
 from utils import UserError, cli, report, runtime
-from utils.peers import PEERS
 from utils.workers import Worker, load_once, write_zipf
 
 RESULTS = Path(__file__).parent / "results"
@@ -183,7 +182,7 @@ def speed(args):
     for name, worker in workers.items():
         row = {"name": name, "ms": steps[name], "forward_ms": forward[name], "memory_mib": memory[name]}
         row["launches"] = worker("launches")
-        if not name.startswith(tuple(PEERS)):
+        if name in CANDIDATES or name in LARGE:
             row["products_ms"], row["gflop"] = worker("products")
             row["tokens"] = worker("tokens_a_step")
         worker.end()
@@ -273,6 +272,10 @@ def evaluation_text(record):
 
 def load(args):
     """Time how a corpus becomes arrays: from its text, from the cache, by the port; one made up with --tokens."""
+    if 0 < args.tokens < args.types:
+        raise UserError(
+            f"--tokens {args.tokens} can't hold --types {args.types}: give as many tokens as types, or more"
+        )
     _, machine = runtime.setup(args)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -362,13 +365,17 @@ def build_parser():
     cli.add_data(command)
     command.add_argument("--tokens", type=cli.positive_int, default=20000, help="of the test split, from its start")
     command.add_argument("--rounds", type=cli.positive_int, default=3, help="evaluations of each model")
+    add_example(command)
     add_record(command)
     command.set_defaults(call=evaluation)
     command = commands.add_parser("load", description=load.__doc__, help="time the building of a corpus")
     cli.add_data(command)
-    command.add_argument("--tokens", type=int, default=0, help="make up a corpus of so many, instead of --data")
+    command.add_argument(
+        "--tokens", type=cli.number(int, 0), default=0, help="make up a corpus of so many, instead of --data"
+    )
     command.add_argument("--types", type=cli.positive_int, default=267735, help="of the corpus that is made up")
     command.add_argument("--rounds", type=cli.positive_int, default=3, help="how often")
+    add_port(command)
     add_record(command)
     command.set_defaults(call=load)
     return parser
@@ -378,12 +385,24 @@ def add_choice(parser):
     """What to measure."""
     parser.add_argument("--only", nargs="+", metavar="WORD", help="candidates whose name has one of these words")
     parser.add_argument("--vocab-size", type=cli.number(int, 3), default=33278, help="words; WikiText-2 has 33278")
+    add_port(parser)
+    add_example(parser)
+
+
+def add_port(parser):
+    """A peer."""
+    parser.add_argument("--port", metavar="DIR", help="checkout of L0SG/relational-rnn-pytorch, measured beside ours")
+
+
+def add_example(parser):
+    """Another peer."""
+    parser.add_argument(
+        "--example", metavar="DIR", help="word_language_model of pytorch/examples, measured beside ours"
+    )
 
 
 def add_record(parser):
-    """Peers to measure beside ours, where to keep the figures, the machine."""
-    parser.add_argument("--port", metavar="DIR", help="checkout of L0SG/relational-rnn-pytorch, to time beside ours")
-    parser.add_argument("--example", metavar="DIR", help="word_language_model of pytorch/examples, likewise")
+    """Where to keep the figures, and the machine."""
     parser.add_argument("--record", metavar="NAME", help="keep the figures as results/speed/NAME.json and in speed.md")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where records and tables are")
     cli.add_runtime(parser)

@@ -7,6 +7,12 @@ ROWS = 1024
 """Rows of inputs that one product for a weight's gradient takes: enough for full speed, few enough for the cache."""
 
 
+def product_dtype(weight):
+    """The type that products with a weight are computed in: autocast's where it is on, else the weight's own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def step_linear(weight, bias=None):
     """x -> x W^T + b, for every step of a loop over time: what all steps share is done once.
 
@@ -38,10 +44,7 @@ class _Shared:
     """What the steps share: the weight for forward and backward products, and each step's part of its gradient."""
 
     def __init__(self, weight, bias):
-        device = weight.device.type
-        autocast = torch.is_autocast_enabled(device)
-        self.dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-        self.wide = weight.dtype
+        self.dtype, self.wide = product_dtype(weight), weight.dtype
         weight = weight.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.forward, self.backward = prepare(weight, self.bias), prepare(weight.t())

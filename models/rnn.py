@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from .lstm import lstm
-from .products import step_linear
+from .products import product_dtype, step_linear
 
 
 def elman_cell(nonlinearity):
@@ -118,5 +118,5 @@ def _narrow_training(x):
 
 
 def _lstm(gates, state, w_hh, b_hh):
-    output, *final = lstm(gates + b_hh, w_hh, *state, torch.get_autocast_dtype("cpu"))
+    output, *final = lstm(gates + b_hh, w_hh, *state, product_dtype(w_hh))
     return output, final

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .products import product_dtype
+
 IGNORE = -1
 """A target of this value is not scored."""
 CHUNK = {"cpu": 1 << 23, "cuda": 1 << 25}
@@ -18,12 +20,9 @@ def cross_entropy(hidden, weight, bias, targets):
     A chunk has H rows or more: each reads and writes the whole (V, H) gradient.
     Under autocast the products are in its type, everything else in float32.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
-        return _CrossEntropy.apply(
-            hidden.flatten(0, -2), weight, bias, targets.flatten(), dtype, torch.is_grad_enabled()
-        )
+    dtype, training = product_dtype(weight), torch.is_grad_enabled()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _CrossEntropy.apply(hidden.flatten(0, -2), weight, bias, targets.flatten(), dtype, training)
 
 
 class _CrossEntropy(torch.autograd.Function):

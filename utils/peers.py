@@ -13,25 +13,36 @@ from torch.nn import functional
 from . import UserError
 from .evaluation import detach
 
+PORT = "L0SG/relational-rnn-pytorch"
+
+
+def load(path, repository, repairs=()):
+    """A peer's file as a module. repairs: (old, new) pieces of its text.
+
+    Raises UserError when the file is not there.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not there: name a checkout of {repository}")
+    source = path.read_text(encoding="utf-8")
+    for old, new in repairs:
+        source = source.replace(old, new)
+    module = types.ModuleType(path.stem)
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
 
 class Peer:
     """A peer's model of our model's sizes and weights. checkout: its folder. flags: our script's. model: ours."""
 
-    file = ""
+    repository = file = ""
     repairs = ()
 
     def __init__(self, checkout, flags, model):
-        path = Path(checkout) / self.file
-        if not path.is_file():
-            raise UserError(f"{path} is not there: name a checkout of {self.__doc__.split(':')[0]}")
-        source = path.read_text(encoding="utf-8")
-        for old, new in self.repairs:
-            source = source.replace(old, new)
-        module = types.ModuleType(path.stem)
-        exec(compile(source, str(path), "exec"), module.__dict__)
-        self.flags = flags
-        self.model = self.build(module, flags, model.vocab_size)
+        module = load(Path(checkout) / self.file, self.repository, self.repairs)
+        self.flags, self.device = flags, model.embedding.weight.device
+        self.model = self.build(module, flags, model.vocab_size).to(self.device)
         self.model.load_state_dict(self.rename(model.state_dict()))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=flags.lr)
 
     def loss(self, tokens, targets, state):
         """tokens, targets (T, B) -> mean loss, state."""
@@ -51,14 +62,13 @@ class Peer:
 
     def update(self):
         """Adam, as the port uses it."""
-        if not hasattr(self, "optimizer"):
-            self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.flags.lr)
         self.optimizer.step()
 
 
 class PortRMC(Peer):
-    """L0SG/relational-rnn-pytorch: train_rmc.py."""
+    """train_rmc.py of the port."""
 
+    repository = PORT
     file = "relational_rnn_models.py"
     repairs = (
         ("q *= (self.key_size ** -0.5)", "q = q * (self.key_size ** -0.5)"),
@@ -96,15 +106,16 @@ class PortRMC(Peer):
         return theirs
 
     def state(self, batch_size):
-        return self.model.initial_state(batch_size, trainable=True)
+        return self.model.initial_state(batch_size, trainable=True).to(self.device)
 
     def loss(self, tokens, targets, state):
         return self.model(tokens.t(), state, targets.reshape(-1))
 
 
 class PortRNN(Peer):
-    """L0SG/relational-rnn-pytorch: train_rnn.py --cudnn, or without it where our flags have --loop."""
+    """train_rnn.py --cudnn of the port, or without it where our flags have --loop."""
 
+    repository = PORT
     file = "rnn_models.py"
 
     def build(self, module, flags, vocab_size):
@@ -123,8 +134,9 @@ class PortRNN(Peer):
 
 
 class Example(PortRNN):
-    """pytorch/examples, word_language_model: main.py."""
+    """main.py."""
 
+    repository = "pytorch/examples, word_language_model"
     file = "model.py"
 
     def build(self, module, flags, vocab_size):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import UserError
 
 mkldnn = torch.ops.mkldnn
+CPU = torch.device("cpu")
 FREE = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "alias")
 """Operations that launch nothing, besides views."""
 
@@ -69,7 +70,7 @@ def count(call):
 
 
 @torch.no_grad()
-def products_alone(products, seconds=0.1):
+def products_alone(products, device=CPU, seconds=0.1):
     """Milliseconds that the products of an Operations take by themselves, and the arithmetic in GFLOP.
 
     Each shape is timed for about `seconds`, median, and multiplied by how often it occurs.
@@ -81,10 +82,19 @@ def products_alone(products, seconds=0.1):
             call = partial(mkldnn._linear_pointwise, torch.randn(m, k).to(dtype), right, None, "none", [], "")
         else:
             shapes = zip(((m, k), (k, n)), strides, strict=True)
-            call = partial(torch.mm, *(torch.empty_strided(*part, dtype=dtype).normal_() for part in shapes))
+            operands = (torch.empty_strided(*part, dtype=dtype, device=device).normal_() for part in shapes)
+            call = partial(torch.mm, *operands)
+        if device.type == "cuda":
+            call = partial(_finished, call)
         milliseconds += times * median_time(call, seconds)
         gflop += times * 2 * m * k * n / 1e9
     return milliseconds, gflop
+
+
+def _finished(call):
+    """Call, and wait for the GPU."""
+    call()
+    torch.cuda.synchronize()
 
 
 def median_time(call, seconds):

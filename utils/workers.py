@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import multiprocessing
 import time
-import types
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from models import build
 
 from . import UserError, cli, optim, runtime, timing, trainer
 from .evaluation import evaluate
-from .peers import PEERS
+from .peers import PEERS, PORT, load
 
 
 class Candidate:
@@ -27,8 +26,9 @@ class Candidate:
         module = importlib.import_module(script)
         self.flags, _ = cli.parse_training(module.build_parser(), module.RECIPES, [*flags.split(), "--amp", args.amp])
         if peer:  # as its users run it, denormals apart
-            self.device = torch.device("cpu")
-            torch.set_num_threads(torch.get_num_threads() if args.threads is None else args.threads)
+            self.device = torch.device("cuda" if args.cuda else "cpu")
+            if args.threads:
+                torch.set_num_threads(args.threads)
             torch.set_flush_denormal(True)
         else:
             self.device, _ = runtime.setup(args)
@@ -109,13 +109,13 @@ class Candidate:
 
     def products(self):
         """Milliseconds and GFLOP of a training step's matrix products alone."""
-        return timing.products_alone(timing.count(self.step).products)
+        return timing.products_alone(timing.count(self.step).products, self.device)
 
     def evaluate(self, ids):
         """Seconds and perplexity of ids (N,), in one column."""
         start = time.perf_counter()
         if self.peer:
-            perplexity = self.peer.evaluate(torch.from_numpy(ids).long())
+            perplexity = self.peer.evaluate(torch.from_numpy(ids).long().to(self.device))
         else:
             perplexity = evaluate(self.model, ids, 1, self.flags.amp).perplexity
         return time.perf_counter() - start, perplexity
@@ -174,10 +174,7 @@ def load_once(kind, folder, port):
     """Seconds and peak MiB, above what was there before, of one load, in a process of its own."""
     call = partial(Corpus.load, folder, notice=lambda line: None)
     if kind == "port":
-        source = (Path(port) / "data.py").read_text(encoding="utf-8")
-        module = types.ModuleType("port_data")
-        exec(compile(source, "data.py", "exec"), module.__dict__)
-        call = partial(module.Corpus, folder)
+        call = partial(load(Path(port) / "data.py", PORT).Corpus, folder)
     start = time.perf_counter()
     memory = timing.memory_above(call, torch.device("cpu"))
     return time.perf_counter() - start, memory
