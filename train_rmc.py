@@ -50,15 +50,7 @@ CORE += ("gatestyle", "forgetbias", "inputbias")
 
 def model_config(args, vocab_size):
     """The model that the flags describe, for models.build."""
-    return {
-        "family": "rmc",
-        "core": {name: getattr(args, name) for name in CORE},
-        "vocab_size": vocab_size,
-        "tied": args.tied,
-        "cutoffs": args.cutoffs,
-        "dropouti": args.dropouti,
-        "dropout": args.dropout,
-    }
+    return cli.model_config(args, vocab_size, "rmc", CORE, args.dropouti)
 
 
 def main(argv=None):

@@ -49,18 +49,12 @@ def build_parser():
     return parser
 
 
+CORE = ("model", "emsize", "nhid", "nlayers", "dropout", "loop")
+
+
 def model_config(args, vocab_size):
     """The model that the flags describe, for models.build."""
-    core = {name: getattr(args, name) for name in ("model", "emsize", "nhid", "nlayers", "dropout", "loop")}
-    return {
-        "family": "rnn",
-        "core": core,
-        "vocab_size": vocab_size,
-        "tied": args.tied,
-        "cutoffs": args.cutoffs,
-        "dropouti": args.dropout,
-        "dropout": args.dropout,
-    }
+    return cli.model_config(args, vocab_size, "rnn", CORE, args.dropout)
 
 
 def main(argv=None):

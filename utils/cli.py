@@ -280,6 +280,19 @@ def resumed_folder(run, runs_dir):
     raise UserError(f"--resume {run}: expected a run folder with last.pt, found none at {run} nor in {runs_dir}")
 
 
+def model_config(args, vocab_size, family, core, dropouti):
+    """The model that flags describe, for models.build. core: names of the flags that the core takes as arguments."""
+    return {
+        "family": family,
+        "core": {name: getattr(args, name) for name in core},
+        "vocab_size": vocab_size,
+        "tied": args.tied,
+        "cutoffs": args.cutoffs,
+        "dropouti": dropouti,
+        "dropout": args.dropout,
+    }
+
+
 def load_corpus(args):
     """The corpus that --data, --vocab and --vocab-size name; sets --cutoffs where they are to be derived from it.
 
