@@ -1,16 +1,22 @@
-"""The LSTM's recurrence over time as one step of autograd."""
+"""The LSTM's recurrence over time as one step of autograd, its element-wise parts compiled."""
 
+import numba
+import numpy as np
 import torch
 
+from . import compiled
 from .products import prepare
+
+BLOCKS = 32
+"""Parts of a batch that threads share among themselves."""
 
 
 def lstm(x_gates, w_hh, h, c, dtype):
-    """All time steps of one layer, its products in `dtype`, everything else in the type of x_gates.
+    """All time steps of one layer on a CPU, its products in `dtype`, everything else in float32.
 
-    x_gates (T, B, 4H) is W_ih x + b_ih + b_hh, gates in torch's order i, f, g, o; w_hh (4H, H); h, c (B, H) before the
-    first step. Returns h of every step (T, B, H) and h, c after the last. Equations of rnn.lstm_cell; the weights are
-    converted and packed once, and their gradient is one product over all steps.
+    x_gates (T, B, 4H) is W_ih x + b_ih + b_hh, float32 or `dtype`, gates in torch's order i, f, g, o; w_hh (4H, H);
+    h, c (B, H) before the first step. Returns h of every step (T, B, H) and h, c after the last. Equations of
+    rnn.lstm_cell; the weights are converted and packed once, and their gradient is one product over all steps.
     """
     output, c = _LSTM.apply(x_gates, w_hh, h, c, dtype)
     return output, output[-1], c
@@ -21,42 +27,72 @@ class _LSTM(torch.autograd.Function):
     def forward(ctx, x_gates, w_hh, h, c, dtype):
         product = prepare(w_hh.to(dtype))
         steps, batch, size = *x_gates.shape[:2], w_hh.shape[1]
-        gates = torch.empty_like(x_gates)
-        cells, tanhs, output = (x_gates.new_empty(steps, batch, size) for _ in range(3))
-        before = h, c
+        x_gates = x_gates.contiguous()
+        gates = x_gates.new_empty(x_gates.shape, dtype=torch.float32)
+        cells, output = (gates.new_empty(steps, batch, size) for _ in range(2))
+        narrow = h.new_empty(steps + 1, batch, size, dtype=dtype)
+        narrow[0] = h
+        buffers = [compiled.array(each) for each in (x_gates, c, gates, cells, output, narrow)]
         for t in range(steps):
-            z = torch.add(x_gates[t], product(h.to(dtype)), out=gates[t])
-            z[:, : 2 * size].sigmoid_(), z[:, 2 * size : 3 * size].tanh_(), z[:, 3 * size :].sigmoid_()
-            i, f, g, o = z.chunk(4, 1)
-            c = torch.mul(f, c, out=cells[t]).addcmul_(i, g)
-            h = torch.mul(o, torch.tanh(c, out=tanhs[t]), out=output[t])
-        ctx.save_for_backward(gates, cells, tanhs, output, w_hh, *before)
-        ctx.dtype = dtype
-        return output, c.clone()
+            _step(t, product(narrow[t]), *buffers)
+        ctx.save_for_backward(w_hh, c)
+        ctx.kept, ctx.dtype = (gates, cells, narrow), dtype
+        return output, cells[-1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_output, d_c):
-        gates, cells, tanhs, output, w_hh, h, c = ctx.saved_tensors
+        w_hh, c = ctx.saved_tensors
+        gates, cells, narrow = ctx.kept
         product = prepare(w_hh.to(ctx.dtype).t())
-        size = w_hh.shape[1]
-        d_gates = torch.empty_like(gates)
-        d_h = torch.zeros_like(h)
+        d_gates = torch.empty_like(gates, dtype=ctx.dtype)
+        d_output, d_c, d_h = d_output.contiguous(), d_c.clone(), torch.zeros_like(narrow[0])
+        buffers = [compiled.array(each) for each in (d_output, d_c, gates, cells, c, d_gates)]
         for t in range(len(gates) - 1, -1, -1):
-            i, f, g, o = gates[t].chunk(4, 1)
-            d_i, d_f, d_g, d_o = d_gates[t].chunk(4, 1)
-            d_h = d_h + d_output[t]
-            torch.mul(d_h, tanhs[t], out=d_o)
-            d_c = d_c + torch.ops.aten.tanh_backward(d_h * o, tanhs[t])
-            torch.mul(d_c, g, out=d_i)
-            torch.mul(d_c, cells[t - 1] if t else c, out=d_f)
-            torch.mul(d_c, i, out=d_g)
-            z, d_z = gates[t], d_gates[t]
-            for part in (slice(0, 2 * size), slice(3 * size, None)):
-                torch.ops.aten.sigmoid_backward(d_z[:, part], z[:, part], grad_input=d_z[:, part])
-            torch.ops.aten.tanh_backward(d_z[:, 2 * size : 3 * size], g, grad_input=d_z[:, 2 * size : 3 * size])
-            d_c = d_c * f
-            d_h = product(d_z.to(ctx.dtype)).to(h.dtype)
-        before = torch.cat([h[None], output[:-1]]).flatten(0, 1).to(ctx.dtype)
-        d_w = torch.mm(d_gates.flatten(0, 1).to(ctx.dtype).t(), before).to(w_hh.dtype)
-        return d_gates, d_w, d_h, d_c, None
+            _step_back(t, d_h, *buffers)
+            d_h = product(d_gates[t])
+        d_w = torch.mm(d_gates.flatten(0, 1).t(), narrow[:-1].flatten(0, 1)).to(w_hh.dtype)
+        return d_gates, d_w, d_h.to(w_hh.dtype), d_c, None
+
+
+@compiled.kernel
+def _step(t, product, x_gates, first, gates, cells, output, narrow):
+    """Step t: its gates, activated (T, B, 4H), c and h (T, B, H), and h narrow (T + 1, B, H), from W_hh h and x_gates.
+
+    first (B, H): c before step 0.
+    """
+    batch, size = first.shape
+    for block in numba.prange(BLOCKS):
+        for b in range(batch * block // BLOCKS, batch * (block + 1) // BLOCKS):
+            z, from_h, from_x = gates[t, b], product[b], x_gates[t, b]
+            for j in range(4 * size):
+                z[j] = compiled.widen(from_h[j]) + compiled.widen(from_x[j])
+            i, f, g, o = z[:size], z[size : 2 * size], z[2 * size : 3 * size], z[3 * size :]
+            before = first[b] if t == 0 else cells[t - 1, b]
+            after, hidden, low = cells[t, b], output[t, b], narrow[t + 1, b]
+            for j in range(size):
+                i[j], f[j], o[j] = compiled.sigmoid(i[j]), compiled.sigmoid(f[j]), compiled.sigmoid(o[j])
+                g[j] = compiled.tanh(g[j])
+                c = f[j] * before[j] + i[j] * g[j]
+                h = o[j] * compiled.tanh(c)
+                after[j], hidden[j], low[j] = c, h, compiled.narrow(h, low)
+
+
+@compiled.kernel
+def _step_back(t, d_h, d_output, d_c, gates, cells, first, d_gates):
+    """Slopes of step t's gates before activation (T, B, 4H); d_c (B, H) becomes that of c before the step."""
+    batch, size = first.shape
+    for block in numba.prange(BLOCKS):
+        for b in range(batch * block // BLOCKS, batch * (block + 1) // BLOCKS):
+            z, slopes, outer, through, carried = gates[t, b], d_gates[t, b], d_output[t, b], d_h[b], d_c[b]
+            i, f, g, o = z[:size], z[size : 2 * size], z[2 * size : 3 * size], z[3 * size :]
+            d_i, d_f, d_g, d_o = slopes[:size], slopes[size : 2 * size], slopes[2 * size : 3 * size], slopes[3 * size :]
+            after, before, one = cells[t, b], first[b] if t == 0 else cells[t - 1, b], np.float32(1)
+            for j in range(size):
+                bent, d = compiled.tanh(after[j]), outer[j] + compiled.widen(through[j])
+                to_c = carried[j] + d * o[j] * (one - bent * bent)
+                d_i[j] = compiled.narrow(to_c * g[j] * i[j] * (one - i[j]), slopes)
+                d_f[j] = compiled.narrow(to_c * before[j] * f[j] * (one - f[j]), slopes)
+                d_g[j] = compiled.narrow(to_c * i[j] * (one - g[j] * g[j]), slopes)
+                d_o[j] = compiled.narrow(d * bent * o[j] * (one - o[j]), slopes)
+                carried[j] = to_c * f[j]

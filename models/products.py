@@ -27,17 +27,18 @@ def step_linear(weight, bias=None):
     return lambda x: _Step.apply(x, handle, shared)
 
 
-def prepare(weight, bias=None):
+def prepare(weight, bias=None, relu=False):
     """x -> x W^T + b without gradients, for many calls: on a CPU the weight (N, K) is packed once, by oneDNN.
 
-    bias (N,) or None; x (..., K) has the weight's type.
+    bias (N,) or None; x (..., K) has the weight's type. relu: of the sum, in the same call.
     """
     weight = weight.detach().contiguous()
     narrow = weight.dtype in (torch.float32, torch.bfloat16)
     if weight.device.type != "cpu" or not narrow or not torch.backends.mkldnn.is_available():
-        return lambda x: functional.linear(x, weight, bias)
+        finish = torch.relu if relu else lambda x: x
+        return lambda x: finish(functional.linear(x, weight, bias))
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "relu" if relu else "none", [], "")
 
 
 class _Shared:

@@ -9,7 +9,9 @@ import math
 import torch
 from torch import nn
 
-from .products import step_linear
+from . import compiled
+from .products import product_dtype, step_linear
+from .rmc_walk import Sizes, walk
 
 GATE_STYLES = ("unit", "memory", "none")
 VARIANTS = ("paper", "port")
@@ -104,21 +106,40 @@ class RelationalMemory(nn.Module):
         x_qkv = self.qkv_projector[0](x)
         if not self.port:
             x_qkv = self.qkv_norm[0](x_qkv)
-        x_gates = [None] * len(x)
+        x_gates = None
         if self.gatestyle != "none":
             x_gates = self.input_gates(x).unflatten(-1, (2, -1)) + self.gate_bias[:, None]
-            x_gates = x_gates.flatten(-2).unbind(0)
+            x_gates = x_gates.flatten(-2)
+        memory = memory.transpose(0, 1).contiguous()
+        if self.gatestyle == "unit" and self.numblocks == 1 and compiled.usable(memory, self.input_projector.weight):
+            memories = self._walk(x, x_qkv, x_gates, memory)
+        else:
+            memories = self._loop(x, x_qkv, x_gates, memory)
+        return memories.flatten(2), memories[-1].transpose(0, 1).contiguous()
+
+    def _walk(self, x, x_qkv, x_gates, memory):
+        """The steps by the compiled kernels of rmc_walk.py."""
+        sizes = (self.memslots, self.numheads, self.keysize, self.headsize, self.attmlplayers, self.port)
+        norms = [self.qkv_norm[0], self.attention_norm[0], self.mlp_norm[0]]
+        gains = [part.reshape(-1, part.shape[-1]) for norm in norms for part in (norm.weight, norm.bias)]
+        products = [self.qkv_projector[0], *self.mlp, self.memory_gates]
+        products = [part for module in products for part in (module.weight, module.bias)]
+        inputs = (part.float().contiguous() for part in (x, x_qkv, x_gates))
+        return walk(*inputs, memory, Sizes(*sizes), gains, products, product_dtype(products[0]))
+
+    def _loop(self, x, x_qkv, x_gates, memory):
+        """The steps by torch's operations, on any device and in any form: the memory after each, (T, B, S, F)."""
         products = {
             name: step_linear(module.weight, module.bias)
             for name, module in self.named_modules()
             if name.startswith(("qkv_projector.", "mlp.", "memory_gates"))
         }
-        memory = memory.transpose(0, 1)
+        x_gates = [None] * len(x) if x_gates is None else x_gates.unbind(0)
         steps = []
         for row, row_qkv, row_gates in zip(x.unbind(0), x_qkv.unbind(0), x_gates, strict=True):
             memory = self._gate(self._attend_over(memory, row, row_qkv, products), memory, row_gates, products)
             steps.append(memory)
-        return torch.stack(steps).flatten(2), memory.transpose(0, 1).contiguous()
+        return torch.stack(steps)
 
     def _attend_over(self, memory, row, row_qkv, products):
         """The blocks: memory (B, S, F), the input's row (B, F) and its projection (B, N * (2K + D)) -> (B, S, F)."""

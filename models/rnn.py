@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from . import compiled
 from .lstm import lstm
 from .products import product_dtype, step_linear
 
@@ -91,20 +92,21 @@ class RNN(nn.Module):
         return output, tuple(new.to(old.dtype) for new, old in zip(new_state, state, strict=True))
 
     def _stack(self, x, state, layer):
-        """The layers in turn: layer(x_gates (T, B, gates), state (B, H)..., w_hh, b_hh) -> output, state."""
+        """The layers in turn: layer(x, (w_ih, w_hh, b_ih, b_hh), state (B, H)...) -> output, state."""
         finals = []
         for number in range(self.rnn.num_layers):
-            w_ih, w_hh, b_ih, b_hh = (
+            weights = [
                 getattr(self.rnn, f"{name}_l{number}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            )
-            gates = functional.linear(x, w_ih, b_ih).to(state[0].dtype)  # the recurrence is never narrower
-            x, final = layer(gates, tuple(part[number] for part in state), w_hh, b_hh)
+            ]
+            x, final = layer(x, weights, tuple(part[number] for part in state))
             if number + 1 < self.rnn.num_layers:
                 x = functional.dropout(x, self.rnn.dropout, self.training)
             finals.append(final)
         return x, [torch.stack(parts) for parts in zip(*finals, strict=True)]
 
-    def _walk(self, gates, state, w_hh, b_hh):
+    def _walk(self, x, weights, state):
+        w_ih, w_hh, b_ih, b_hh = weights
+        gates = functional.linear(x, w_ih, b_ih).to(state[0].dtype)  # the recurrence is never narrower
         product, outputs = step_linear(w_hh, b_hh), []
         for x_gates in gates.unbind(0):
             state = self.cell(x_gates, state, product)
@@ -113,10 +115,11 @@ class RNN(nn.Module):
 
 
 def _narrow_training(x):
-    """Whether this is a training step in bfloat16 on a CPU."""
-    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    """Whether this is a training step in bfloat16 on a CPU that the compiled kernels can take."""
+    return compiled.usable(x) and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
 
 
-def _lstm(gates, state, w_hh, b_hh):
-    output, *final = lstm(gates + b_hh, w_hh, *state, product_dtype(w_hh))
+def _lstm(x, weights, state):
+    w_ih, w_hh, b_ih, b_hh = weights
+    output, *final = lstm(functional.linear(x, w_ih, b_ih + b_hh), w_hh, *state, product_dtype(w_hh))
     return output, final

@@ -1,15 +1,21 @@
 """The heads: from hidden vectors to the distribution over the next word and its loss."""
 
+import numba
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from . import compiled
 from .products import product_dtype
 
 IGNORE = -1
 """A target of this value is not scored."""
 CHUNK = {"cpu": 1 << 23, "cuda": 1 << 25}
 """Logits that exist at once, by device, unless the weights are more: 32 MiB of float32 on a processor, 128 on a GPU."""
+
+BLOCKS = 16
+"""Parts of a chunk's rows that threads share among themselves; a fixed number, so that sums do not depend on theirs."""
 
 
 def cross_entropy(hidden, weight, bias, targets):
@@ -35,32 +41,91 @@ class _CrossEntropy(torch.autograd.Function):
         narrow_hidden, narrow_weight = (hidden * scored[:, None]).to(dtype), weight.to(dtype)
         rows = max(CHUNK[hidden.device.type] // len(weight), hidden.shape[1])
         chunks = max(1, round(len(hidden) / rows))
-        losses, d_hidden, d_weight, d_bias = [], [], 0, 0
+        losses, d_hidden = [], []
+        d_bias = weight.new_zeros(BLOCKS if training else 0, len(weight), dtype=wide)
+        if training:
+            d_weight = weight.new_zeros(weight.shape, dtype=wide)
         parts = (part.tensor_split(chunks) for part in (narrow_hidden, places, scored))
         for x, place, scored_part in zip(*parts, strict=True):
-            logits = torch.mm(x, narrow_weight.t()).to(wide)
-            if bias is not None:
-                logits += bias
-            # log of the sum of exponentials, by way of the largest logit and its probability
-            p = torch.softmax(logits, 1)
-            losses.append(logits.amax(1) - p.amax(1).log() - logits.gather(1, place[:, None])[:, 0])
+            logits = torch.mm(x, narrow_weight.t())
+            loss, slope = _losses(logits, bias, place, scored_part, d_bias)
+            losses.append(loss)
             if training:
-                p[torch.arange(len(p), device=p.device), place] -= 1
-                if bias is not None:
-                    d_bias += torch.mm(scored_part[None], p)[0]
-                p = p.to(dtype)
-                d_hidden.append((torch.mm(p, narrow_weight) * scored_part[:, None]).to(hidden.dtype))
-                d_weight += torch.mm(p.t(), x).to(wide)
+                d_hidden.append(torch.mm(slope, narrow_weight).to(hidden.dtype))
+                _add(d_weight, torch.mm(slope.t(), x))
         if training:
-            d_bias = None if bias is None else d_bias.to(bias.dtype)
+            d_bias = None if bias is None else d_bias.sum(0).to(bias.dtype)
             ctx.save_for_backward(torch.cat(d_hidden), d_weight.to(weight.dtype), d_bias)
-        return torch.dot(torch.cat(losses), scored)
+        return torch.cat(losses).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
         gradients = (None if part is None else part * d_loss.to(part.dtype) for part in ctx.saved_tensors)
         return *gradients, None, None, None
+
+
+def _losses(logits, bias, places, scored, d_bias):
+    """-log softmax(logits + bias)[place] times scored, (R,), and its gradient in the logits (R, V), in their type.
+
+    logits (R, V) may be overwritten; bias (V,) or None, places (R,), scored (R,): 1 or 0. d_bias (BLOCKS, V): the
+    gradient's sum over R is added to its rows; without rows it asks for no gradient.
+    """
+    if compiled.usable(logits, scored):
+        losses = torch.empty_like(scored)
+        bias = scored.new_zeros(logits.shape[1]) if bias is None else bias.to(scored.dtype)
+        _compiled_losses(logits, bias, places, scored, losses, d_bias)
+        return losses, logits
+    z = logits.to(scored.dtype) if bias is None else logits.to(scored.dtype) + bias
+    p = torch.softmax(z, 1)
+    # log of the sum of exponentials, by way of the largest logit and its probability
+    losses = z.amax(1) - p.amax(1).log() - z.gather(1, places[:, None])[:, 0]
+    if len(d_bias):
+        p[torch.arange(len(p), device=p.device), places] -= 1
+        d_bias[0] += torch.mm(scored[None], p)[0]
+        p *= scored[:, None]
+    return losses * scored, p.to(logits.dtype)
+
+
+@compiled.kernel
+def _compiled_losses(logits, bias, places, scored, losses, d_bias):
+    rows, words = logits.shape
+    for block in numba.prange(BLOCKS):
+        z = np.empty(words, np.float32)
+        for r in range(rows * block // BLOCKS, rows * (block + 1) // BLOCKS):
+            row = logits[r]
+            for word in range(words):
+                z[word] = compiled.widen(row[word]) + bias[word]
+            top, target = compiled.largest(z), z[places[r]]
+            total = np.float32(0)
+            for word in range(words):
+                z[word] = compiled.exp(z[word] - top)
+                total += z[word]
+            losses[r] = (np.log(total) + top - target) * scored[r]
+            if len(d_bias) > 0:
+                z[places[r]] -= total
+                scale, sums = scored[r] / total, d_bias[block]
+                for word in range(words):
+                    p = z[word] * scale
+                    sums[word] += p
+                    row[word] = compiled.narrow(p, row)
+
+
+def _add(total, part):
+    """total (V, H) += part (V, H), which may be narrower."""
+    if not compiled.usable(total, part):
+        total += part
+    else:
+        _compiled_add(total, part)
+
+
+@compiled.kernel
+def _compiled_add(total, part):
+    rows, columns = part.shape
+    for r in numba.prange(rows):
+        sums, row = total[r], part[r]
+        for column in range(columns):
+            sums[column] += compiled.widen(row[column])
 
 
 class FullSoftmax(nn.Module):

@@ -1,12 +1,14 @@
 """The RMC against its equations written out, against the port itself, and what its gates and rows must not do."""
 
+import contextlib
+import copy
 import itertools
 import math
 
 import pytest
 import torch
 
-from models import RNN, LanguageModel, RelationalMemory, build
+from models import RNN, LanguageModel, RelationalMemory, build, compiled, rmc, rmc_walk
 from models.rmc import GATE_STYLES, RMC, VARIANTS
 
 SIZES = {"input_size": 7, "headsize": 5, "numheads": 3, "attmlplayers": 2, "keysize": 2}
@@ -102,7 +104,8 @@ def reference(m, x, memory, gatestyle):
 def gradients(m, outputs, inputs):
     """Gradients of a fixed mix of the outputs by name: of every parameter, and of x and the initial memory."""
     torch.manual_seed(5)
-    loss = sum((torch.randn_like(output) * output).sum() for output in outputs)
+    mixes = [torch.randn(output.shape, dtype=torch.double).to(output.dtype) for output in outputs]
+    loss = sum((mix * output).sum() for mix, output in zip(mixes, outputs, strict=True))
     named = {**dict(m.named_parameters()), **inputs}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return dict(zip(named, grads, strict=True))
@@ -132,6 +135,74 @@ def test_equations(variant, gatestyle, memslots, numblocks):
     for name, gradient in ours.items():
         assert gradient is not None and gradient.norm() > 0, name
         assert_close(gradient, theirs[name], name)
+
+
+WALKS = (
+    {"memslots": 1},
+    {"memslots": 3, "attmlplayers": 4},
+    {"memslots": 2, "attmlplayers": 1, "numheads": 1, "headsize": 3},
+    {"memslots": 1, "steps": 1, "batch": 1},
+    {"memslots": 1, "steps": 2, "batch": 37, "keysize": 17},
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("changes", WALKS, ids=str)
+def test_the_compiled_walk_follows_the_equations(variant, changes):
+    """In float32, against the equations in float64: outputs, final memory, every gradient.
+
+    Batches that do not fill the parts that threads share and ones that fill them unevenly.
+    """
+    changes = dict(changes)
+    steps, batch = changes.pop("steps", 5), changes.pop("batch", 3)
+    exact = layer(variant, seed=11, **changes)
+    m = copy.deepcopy(exact).float()
+    memory = torch.randn(m.memslots, batch, m.mem_size)
+    given = {"x": torch.randn(steps, batch, 7), "initial memory": memory}
+    inputs = [
+        {name: part.to(dtype).requires_grad_() for name, part in given.items()} for dtype in (torch.float, torch.double)
+    ]
+    ours, theirs = m(*inputs[0].values()), reference(exact, *inputs[1].values(), "unit")
+    for name, a, b in zip(("output", "memory"), ours, theirs, strict=True):
+        assert_close(a, b, name, 2e-6)
+    ours, theirs = gradients(m, ours, inputs[0]), gradients(exact, theirs, inputs[1])
+    for name, gradient in ours.items():
+        assert gradient.norm() > 0 and gradient.dtype == torch.float32, name
+        assert_close(gradient, theirs[name], name, 1e-5)
+    with torch.no_grad():
+        assert torch.equal(m(*given.values())[0], m(*inputs[0].values())[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_compiled_walk_in_bfloat16(variant):
+    """Under autocast it differs from torch's operations by what the rounding of the products makes of it."""
+    m = layer(variant, seed=12, memslots=2).float()
+    inputs = {"x": torch.randn(3, 5, 7).requires_grad_(), "initial memory": torch.randn(2, 5, 15).requires_grad_()}
+    results = []
+    for context in (contextlib.nullcontext(), compiled.torch_only()):
+        with context, torch.autocast("cpu", torch.bfloat16):
+            outputs = m(*inputs.values())
+        assert outputs[0].dtype == torch.float32
+        outputs = dict(zip(("output", "memory"), outputs, strict=True))
+        results.append(outputs | gradients(m, outputs.values(), inputs))
+    for name, ours in results[0].items():
+        assert_close(ours, results[1][name].float(), name, 3e-2)
+
+
+def test_who_is_walked_by_compiled_kernels(monkeypatch):
+    """Cores of one block with gates of unit style, in float32 on a CPU, unless they are switched off."""
+    calls = []
+    monkeypatch.setattr(rmc, "walk", lambda *arguments: (calls.append(1), rmc_walk.walk(*arguments))[1])
+
+    def walked(context=None, dtype=torch.float32, **changes):
+        m, count = RelationalMemory(**(SIZES | changes)).to(dtype), len(calls)
+        with context or contextlib.nullcontext():
+            m(torch.randn(2, 3, 7, dtype=dtype), m.initial_state(3))
+        return len(calls) > count
+
+    assert walked() and walked(variant="port", memslots=2) and walked(torch.no_grad())
+    assert not walked(compiled.torch_only()) and not walked(dtype=torch.float64)
+    assert not walked(numblocks=2) and not walked(gatestyle="memory") and not walked(gatestyle="none")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import build
+from models import build, compiled
 from utils import UserError, runtime, trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -25,7 +25,7 @@ runtime.use_onednn(False)
 def flags(**changes):
     """What cli.add_runtime's flags give."""
     defaults = {"cuda": False, "threads": None, "amp": "off"}
-    defaults |= {"tune_allocator": True, "flush_denormal": True, "onednn": True}
+    defaults |= {"tune_allocator": True, "flush_denormal": True, "onednn": True, "numba": True}
     return Namespace(**defaults | changes)
 
 
@@ -39,10 +39,11 @@ def denormals_are_kept():
 
 @pytest.fixture
 def settings():
-    """Puts threads, denormals and products back."""
+    """Puts threads, denormals, products and kernels back."""
     threads, kept = torch.get_num_threads(), denormals_are_kept()
     yield
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    compiled.use(True)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(not kept)
 
@@ -89,7 +90,10 @@ def test_setup_says_what_holds(no_gpu, settings):
     assert not denormals_are_kept()
     parts = line.split(" | ")
     assert parts[0].startswith("device cpu (")
-    assert parts[1:] == ["threads 2", "allocator tuned", "denormals flushed", f"products {PRODUCTS}", "amp bf16"]
+    assert parts[1:] == [
+        "threads 2", "allocator tuned", "denormals flushed", f"products {PRODUCTS}", "kernels numba", "amp bf16",
+    ]  # fmt: skip
+    assert compiled.wanted
     assert "\n" not in line and "--cuda" not in line
 
 
@@ -97,11 +101,12 @@ def test_settings_can_be_left_alone(no_gpu, settings, monkeypatch):
     """Without --threads torch's choice stays; --no-tune-allocator, --no-flush-denormal."""
     monkeypatch.setattr(runtime, "keep_memory", lambda: pytest.fail("the allocator was tuned"))
     torch.set_num_threads(2)
-    _, line = runtime.setup(flags(tune_allocator=False, flush_denormal=False, onednn=False))
+    _, line = runtime.setup(flags(tune_allocator=False, flush_denormal=False, onednn=False, numba=False))
     assert denormals_are_kept()
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    assert not compiled.wanted
     assert line.split(" | ")[1:] == [
-        "threads 2", "allocator default", "denormals kept", "products default", "amp off",
+        "threads 2", "allocator default", "denormals kept", "products default", "kernels torch", "amp off",
     ]  # fmt: skip
 
 

@@ -204,6 +204,12 @@ def add_runtime(parser):
         default=True,
         help="float32 products of the CPU by oneDNN, if they stay float32",
     )
+    group.add_argument(
+        "--numba",
+        action=BooleanOptionalAction,
+        default=True,
+        help="element-wise work of the CPU in kernels that numba compiles once and keeps",
+    )
 
 
 def parse_training(parser, recipes, argv=None, family=None):

@@ -9,13 +9,15 @@ import time
 
 import torch
 
+from models import compiled
+
 from . import UserError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's <malloc.h>
 
 
 def setup(args):
-    """Apply --cuda, --threads, --tune-allocator, --flush-denormal, --onednn.
+    """Apply --cuda, --threads, --tune-allocator, --flush-denormal, --onednn, --numba.
 
     Returns the device and a line that says what holds.
 
@@ -36,12 +38,14 @@ def setup(args):
     # Threads that OpenMP starts later inherit the flag from this one.
     flushed = torch.set_flush_denormal(args.flush_denormal) and args.flush_denormal
     onednn = use_onednn(args.onednn)
+    compiled.use(args.numba)
     settings = [
         f"device {describe(device)}",
         f"threads {torch.get_num_threads()}",
         f"allocator {'tuned' if kept else 'default'}",
         f"denormals {'flushed' if flushed else 'kept'}",
         f"products {'oneDNN' if onednn else 'default'}",
+        f"kernels {'numba' if args.numba else 'torch'}",
         f"amp {args.amp}",
     ]
     if torch.cuda.is_available() and not args.cuda:

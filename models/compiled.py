@@ -1,0 +1,146 @@
+"""Arithmetic of the loops that numba compiles for a CPU, where torch would walk over memory once an operation.
+
+A kernel takes numpy arrays, views of tensors; bfloat16, which numpy does not have, as the 16 bits of uint16. Within a
+kernel everything is float32.
+"""
+
+import contextlib
+import functools
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import overload, register_jitable
+
+ARITHMETIC = {"contract", "reassoc", "arcp", "nsz"}
+"""What a kernel may reorder; NaN and infinity keep their meaning, so that a diverged loss is seen."""
+DTYPES = (torch.float32, torch.bfloat16)
+
+wanted = True
+"""Whether kernels are used where they can be; see use and torch_only."""
+
+inner = register_jitable(fastmath=ARITHMETIC, error_model="numpy")
+"""Decorator of a function that kernels call."""
+
+
+def kernel(function):
+    """Compile at the first call, keep on disk; numba.prange within it shares its turns among torch's threads."""
+    call = numba.njit(parallel=True, cache=True, fastmath=ARITHMETIC, error_model="numpy")(function)
+
+    @functools.wraps(function)
+    def launch(*arguments):
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        call(*map(array, arguments))
+
+    return launch
+
+
+def use(decision):
+    """Whether kernels are to be used from now on; torch's own operations do the work otherwise."""
+    global wanted
+    wanted = decision
+
+
+@contextlib.contextmanager
+def torch_only():
+    """Inside the `with` no kernel is used: the operations are those of a GPU."""
+    before = wanted
+    use(False)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def usable(*tensors):
+    """Whether kernels can take these: float32 or bfloat16 on a CPU, and nobody traces them."""
+    fits = all(each.device.type == "cpu" and each.dtype in DTYPES for each in tensors)
+    return wanted and fits and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+
+
+def array(argument):
+    """A tensor's memory as numpy sees it; anything else as it is."""
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    argument = argument.detach()
+    return (argument.view(torch.uint16) if argument.dtype == torch.bfloat16 else argument).numpy()
+
+
+def widen(value):
+    """An element as float32."""
+
+
+@overload(widen, inline="always")
+def _widen(value):
+    if value == types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value: value
+
+
+def narrow(value, array):
+    """A float32 as an element of the array: rounded to nearest, ties to even, if that is of bfloat16."""
+
+
+@overload(narrow, inline="always")
+def _narrow(value, array):
+    if array.dtype != types.uint16:
+        return lambda value, array: value
+
+    def rounded(value, array):
+        bits = np.float32(value).view(np.uint32)
+        odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+        return np.uint16(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+
+    return rounded
+
+
+@inner
+def largest(row):
+    """The largest element of a row of float32, found among integers of the same order, which vectors can hold."""
+    top = np.int32(-(2**31))
+    for column in range(len(row)):
+        bits = np.float32(row[column]).view(np.int32)
+        top = max(top, np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    return np.int32(top ^ np.int32(np.int32(top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+@inner
+def exp(x):
+    """e^x in float32 to 2 units of the last place: Cephes' polynomial, which the compiler turns into vectors.
+
+    0 below -87.3, where float32 has denormals; finite above 88, unlike the library's.
+    """
+    x = np.float32(-87.3) if x < np.float32(-87.3) else x
+    x = np.float32(88.0) if x > np.float32(88.0) else x
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375)
+    r = r + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@inner
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return np.float32(1) / (np.float32(1) + exp(-x))
+
+
+@inner
+def tanh(x):
+    """tanh x = 1 - 2 / (e^2x + 1); Cephes' polynomial near 0, where that would cancel."""
+    far = np.float32(1) - np.float32(2) / (exp(x + x) + np.float32(1))
+    square = x * x
+    p = np.float32(-5.70498872745e-3)
+    p = p * square + np.float32(2.06390887954e-2)
+    p = p * square + np.float32(-5.37397155531e-2)
+    p = p * square + np.float32(1.33314422036e-1)
+    p = p * square + np.float32(-3.33332819422e-1)
+    near = p * square * x + x
+    return near if square < np.float32(0.390625) else far
