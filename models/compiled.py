@@ -6,11 +6,15 @@ kernel everything is float32.
 
 import contextlib
 import functools
+import hashlib
+import os
+from pathlib import Path
 
 import numba
 import numpy as np
 import torch
 from numba import types
+from numba.core.caching import FunctionCache
 from numba.extending import overload, register_jitable
 
 ARITHMETIC = {"contract", "reassoc", "arcp", "nsz"}
@@ -19,20 +23,59 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 wanted = True
 """Whether kernels are used where they can be; see use and torch_only."""
+announce = None
+"""Called with a kernel's name before it is compiled, which takes seconds."""
 
 inner = register_jitable(fastmath=ARITHMETIC, error_model="numpy")
 """Decorator of a function that kernels call."""
 
 
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+class _Kept(FunctionCache):
+    """numba's files of compiled functions, which are not to be used after a change of this file either.
+
+    What numba has just compiled differs in rounding from what it reads back, because the loops' bodies were optimized
+    once more on the way. So that all runs are equal, bit for bit, a child process compiles and this one reads.
+    """
+
+    def __init__(self, dispatcher):
+        super().__init__(dispatcher.py_func)
+        self.dispatcher, self.in_child = dispatcher, False
+
+    def _index_key(self, signature, codegen):
+        return *super()._index_key(signature, codegen), SOURCE
+
+    def load_overload(self, signature, target_context):
+        found = super().load_overload(signature, target_context)
+        if found is not None or self.in_child or not hasattr(os, "fork"):
+            return found
+        if announce:
+            announce(self.dispatcher.py_func.__name__.strip("_"))
+        child = os.fork()
+        if not child:
+            self.in_child = True
+            try:
+                self.dispatcher.compile(signature)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        return super().load_overload(signature, target_context)
+
+
 def kernel(function):
     """Compile at the first call, keep on disk; numba.prange within it shares its turns among torch's threads."""
-    call = numba.njit(parallel=True, cache=True, fastmath=ARITHMETIC, error_model="numpy")(function)
+    call = numba.njit(parallel=True, fastmath=ARITHMETIC, error_model="numpy")(function)
+    with contextlib.suppress(RuntimeError):  # no folder to keep it in
+        call._cache = _Kept(call)
 
     @functools.wraps(function)
     def launch(*arguments):
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         call(*map(array, arguments))
 
+    launch.dispatcher = call
     return launch
 
 

@@ -1,6 +1,9 @@
 """The compiled arithmetic against float64 and against torch's own roundings."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numba
 import numpy as np
@@ -148,3 +151,59 @@ def test_arguments_become_arrays_of_the_same_memory():
     narrow = torch.ones(2, dtype=torch.bfloat16)
     assert compiled.array(narrow).dtype == np.uint16 and compiled.array(narrow)[0] == 0x3F80
     assert compiled.array(3) == 3
+
+
+COLD = """
+import sys
+import torch
+from models import compiled, softmax
+compiled.announce = print
+random = torch.Generator().manual_seed(1)
+logits, bias = torch.randn(251, 1003, generator=random) * 3, torch.randn(1003, generator=random)
+sums = torch.zeros(softmax.BLOCKS, 1003)
+places, scored = torch.randint(1003, (251,), generator=random), torch.ones(251)
+losses, slopes = softmax._losses(logits, bias, places, scored, sums)
+torch.save([losses, slopes, sums], sys.argv[1])
+"""
+
+
+def test_a_run_that_compiles_equals_one_that_finds_the_kernels(tmp_path):
+    """Bit for bit; only the first compiles, and says so."""
+    results, said = [], []
+    for number in range(2):
+        path, environment = tmp_path / f"{number}.pt", os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+        command = [sys.executable, "-c", COLD, path]
+        said.append(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+        results.append(torch.load(path))
+    assert said == ["compiled_losses\n", ""]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_kernels_are_compiled_anew_when_their_arithmetic_changes(monkeypatch):
+    """What is kept is not used after a change of compiled.py."""
+    x, out = torch.ones(2), torch.empty(2)
+    apply(0, x, out)
+    cache = apply.dispatcher._cache
+    signature = apply.dispatcher.signatures[0]
+    assert cache.load_overload(signature, apply.dispatcher.targetctx) is not None
+    monkeypatch.setattr(cache, "in_child", True)
+    monkeypatch.setattr(compiled, "SOURCE", "another")
+    assert cache.load_overload(signature, apply.dispatcher.targetctx) is None
+
+
+def test_without_a_place_to_keep_them_kernels_are_compiled_each_time(monkeypatch):
+    """A home and a package folder that can't be written to are no reason to fail."""
+
+    def refuse(dispatcher):
+        raise RuntimeError("no locator available")
+
+    monkeypatch.setattr(compiled, "_Kept", refuse)
+    out = torch.empty(3)
+    compiled.kernel(double)(torch.tensor([1.0, 2.0, 3.0]), out)
+    assert out.tolist() == [2, 4, 6]
+
+
+def double(x, out):
+    """out (N,) = 2 x (N,)."""
+    for place in numba.prange(len(x)):
+        out[place] = 2 * x[place]

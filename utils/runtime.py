@@ -39,6 +39,7 @@ def setup(args):
     flushed = torch.set_flush_denormal(args.flush_denormal) and args.flush_denormal
     onednn = use_onednn(args.onednn)
     compiled.use(args.numba)
+    compiled.announce = lambda name: print(f"| compiling the kernel {name}, once", file=sys.stderr, flush=True)
     settings = [
         f"device {describe(device)}",
         f"threads {torch.get_num_threads()}",
