@@ -122,19 +122,22 @@ def speed(args):
     _, machine = runtime.setup(args)
     report.say(f"| {machine}")
     memory, workers = start_workers(args)
-    steps, forward = ({name: [] for name in workers} for _ in range(2))
+    steps, forward, products = ({name: [] for name in workers} for _ in range(3))
+    ours = [name for name in workers if name in CANDIDATES or name in LARGE]
     for number in report.progress(range(args.warmup + args.rounds), "speed"):
         for name, worker in workers.items():
             taken = worker("step")[0], worker("forward")
             if number >= args.warmup:
                 steps[name].append(taken[0])
                 forward[name].append(taken[1])
+                if name in ours:
+                    products[name].append(worker("products"))
     rows = []
     for name, worker in workers.items():
         row = {"name": name, "ms": steps[name], "forward_ms": forward[name], "memory_mib": memory[name]}
         row["launches"] = worker("launches")
-        if name in CANDIDATES or name in LARGE:
-            row["products_ms"], row["gflop"] = worker("products")
+        if name in ours:
+            row["products_ms"], row["gflop"] = [taken for taken, _ in products[name]], products[name][0][1]
             row["tokens"] = worker("tokens_a_step")
         worker.end()
         rows.append(row)
@@ -178,8 +181,8 @@ def speed_text(record):
         cells += [f"{row['memory_mib']:,.0f}", "", "", "", "", ""]
         if "products_ms" in row:
             cells[2] = f"{row['tokens'] / median * 1000:,.0f}"
-            cells[6] = f"{row['products_ms']:,.0f}"
-            cells[7] = f"{median / row['products_ms']:.2f}"
+            cells[6] = spread(row["products_ms"])
+            cells[7] = spread([taken / alone for taken, alone in zip(row["ms"], row["products_ms"], strict=True)], 2)
         peer = rows.get(rival_name(RIVALS[name])) if name in RIVALS else None
         if peer:
             cells[8] = spread([theirs / ours for ours, theirs in zip(row["ms"], peer["ms"], strict=True)], 2)

@@ -215,7 +215,7 @@ def test_speed_prints_a_row_a_candidate(candidates, capsys, tmp_path):
     assert any("Vocabulary 50" in line and "--rounds 1" in line for line in lines)
     assert any(f"torch {torch.__version__}" in line and "threads" in line for line in lines)
     record = report.read_record(tmp_path / "speed" / "small.json")
-    assert record["rows"][0]["tokens"] == 7 * 13 and record["rows"][0]["products_ms"] > 0
+    assert record["rows"][0]["tokens"] == 7 * 13 and min(record["rows"][0]["products_ms"]) > 0
     page = (tmp_path / "speed.md").read_text(encoding="utf-8")
     assert benchmark.speed_text(record) in page
 
@@ -251,8 +251,8 @@ def test_speed_is_the_median_of_the_rounds_after_the_warmup(candidates, capsys, 
         "forward only ms": "5",
         "launches": "30",
         "peak MiB": "10",
-        "products alone ms": "20",
-        "step / products": "1.50",
+        "products alone ms": "20 (20 to 20)",
+        "step / products": "1.50 (0.50 to 2.00)",
         "times the peer's speed": "2.00 (0.50 to 3.00)",
         "launches / peer's": "0.25",
         "peak / peer's": "0.25",
