@@ -192,6 +192,30 @@ def speed_text(record):
     return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(SPEED_COLUMNS, table_rows)
 
 
+def profile(args):
+    """The operations that a training step of each candidate spends its time in, by torch's profiler."""
+    _, machine = runtime.setup(args)
+    rows = []
+    for name, candidate in chosen(args).items():
+        worker = Worker(*candidate)
+        for _ in range(args.warmup):
+            worker("step")
+        longest, total = worker("profile", args.operations)
+        worker.end()
+        rows.append({"name": name, "longest": longest, "total_ms": total})
+    finish(args, machine, {"kind": "profile", "vocab_size": args.vocab_size, "rows": rows})
+
+
+def profile_text(record):
+    """The markdown of a profile record: two columns a candidate, its operations by their own time."""
+    header, cells = [], []
+    for row in record["rows"]:
+        header += [f"{row['name']}: {row['total_ms']:,.0f} ms", "calls", "ms"]
+        cells.append([[name, f"{calls:,}", f"{taken:,.0f}"] for name, taken, calls in row["longest"]])
+    rows = [[cell for part in parts for cell in part] for parts in zip(*cells, strict=True)]
+    return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
+
+
 def evaluation(args):
     """Time the evaluation of a corpus's test split in one column: LSTM 650 tied, beside pytorch/examples."""
     _, machine = runtime.setup(args)
@@ -287,7 +311,13 @@ def finish(args, machine, figures):
     report.say(text)
 
 
-RENDERERS = {"speed": speed_text, "memory": memory_text, "evaluation": evaluation_text, "load": load_text}
+RENDERERS = {
+    "speed": speed_text,
+    "memory": memory_text,
+    "profile": profile_text,
+    "evaluation": evaluation_text,
+    "load": load_text,
+}
 
 
 def build_parser():
@@ -309,6 +339,12 @@ def build_parser():
     command.add_argument("--warmup", type=cli.positive_int, default=3, help="steps before, not timed")
     add_record(command)
     command.set_defaults(call=speed)
+    command = commands.add_parser("profile", description=profile.__doc__, help="where a training step's time goes")
+    add_choice(command)
+    command.add_argument("--warmup", type=cli.positive_int, default=3, help="steps before")
+    command.add_argument("--operations", type=cli.positive_int, default=10, help="how many of the longest")
+    add_record(command)
+    command.set_defaults(call=profile)
     command = commands.add_parser("evaluation", description=evaluation.__doc__, help="time an evaluation in one column")
     cli.add_data(command)
     command.add_argument("--tokens", type=cli.positive_int, default=20000, help="of the test split, from its start")

@@ -321,6 +321,21 @@ def test_memory_prints_a_row_a_candidate(candidates, capsys):
     assert float(row.popitem()[1]) > 0
 
 
+def test_profile_lists_the_longest_operations(candidates, capsys, tmp_path):
+    """By their own time, longest first, a group of columns a candidate; a product is among them."""
+    flags = ["profile", "--vocab-size", "5003", "--operations", "7", "--record", "p", "--results", str(tmp_path)]
+    benchmark.main([*flags, "--only", "LSTM, port", "LSTM loop"])
+    out = capsys.readouterr().out
+    record = report.read_record(tmp_path / "speed" / "p.json")
+    assert [row["name"] for row in record["rows"]] == ["LSTM, port", "LSTM loop, port"]
+    for row in record["rows"]:
+        taken = [milliseconds for _, milliseconds, _ in row["longest"]]
+        assert len(taken) == 7 and taken == sorted(taken, reverse=True) and sum(taken) <= row["total_ms"]
+        assert any(name == "aten::mm" for name, _, _ in row["longest"])
+    assert benchmark.profile_text(record) in (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert "LSTM loop, port: " in out
+
+
 @pytest.mark.parametrize(("kind", "options"), (("--data", ()), ("--tokens", ("--types", "101"))))
 def test_load_times_building_and_cache(capsys, tiny_corpus, tmp_path, kind, options):
     """Of a corpus, which gets no cache by this, and of one that is made up; kept and rendered."""

@@ -139,6 +139,12 @@ def add_training(parser):
     group.add_argument(
         "--wdecay", "--wd", "--weight-decay", type=non_negative, default=0.0, help="L2 weight decay, after clipping"
     )
+    group.add_argument(
+        "--average",
+        choices=("targets", "columns"),
+        default="targets",
+        help="what the loss of a window is averaged over; over columns it is summed over the steps",
+    )
     group.add_argument("--epochs", type=positive_int, default=100, help="upper epoch limit")
     group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="columns of text")
     group.add_argument("--bptt", type=positive_int, default=100, metavar="T", help="steps of each window")

@@ -15,6 +15,8 @@ def model_name(model):
     core = model["core"]
     if model["family"] == "rmc":
         name = f"RMC {core['variant']} {core['memslots']}x({core['numheads']}x{core['headsize']})"
+    elif model["family"] == "qrnn":
+        name = f"QRNN {core['mode']} {core['nlayers']}x{core['nhid']} window {core['window']}"
     else:
         name = f"{core['model']} {core['nlayers']}x{core['nhid']}{' loop' if core['loop'] else ''}"
     return name + (" tied" if model["tied"] else "") + (" adaptive" if model.get("cutoffs") else "")

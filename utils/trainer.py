@@ -42,17 +42,20 @@ def interruptible():
 
 
 def training_step(model, optimizer, tokens, targets, state, args, clock):
-    """Forward, backward, clip, update on one window; args needs amp and clip.
+    """Forward, backward, clip, update on one window; args needs amp, clip and average.
 
-    tokens, targets (T, B). Returns the summed loss in nats and the number of targets, 0-d tensors on the device, the
-    gradient norm before clipping, the detached state after the window, and the clock's mark after the forward pass.
+    tokens, targets (T, B). The gradient is of the loss averaged over the targets or over the columns, which is the
+    former times T; norms are clipped at that scale.
+    Returns the summed loss in nats and the number of targets, 0-d tensors on the device, the gradient norm before
+    clipping, the detached state after the window, and the clock's mark after the forward pass.
     """
     with runtime.autocast(tokens.device, args.amp):
         loss, regularizer, count, state = model(tokens, targets, state)
     loss, count = loss.sum(), count.sum()
     forward = clock.mark()
     optimizer.zero_grad()
-    (loss / count + regularizer.mean()).backward()
+    parts = count if args.average == "targets" else tokens.shape[1]
+    (loss / parts + regularizer.mean()).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
     optimizer.step()
     return loss.detach(), count, norm, detach(state), forward

@@ -112,6 +112,15 @@ class Candidate:
         """Milliseconds and GFLOP of a training step's matrix products alone."""
         return timing.products_alone(timing.count(self.step).products, self.device)
 
+    def profile(self, rows):
+        """Where a step's time goes: the `rows` longest operations (name, own milliseconds, calls), and the sum of all."""
+        self.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            self.step()
+        found = [(event.key, event.self_cpu_time_total / 1000, event.count) for event in profiler.key_averages()]
+        longest = sorted(found, key=lambda row: -row[1])[:rows]
+        return longest, sum(milliseconds for _, milliseconds, _ in found)
+
     def evaluate(self, ids):
         """Seconds and perplexity of ids (N,), in one column."""
         start = time.perf_counter()

@@ -1,0 +1,52 @@
+"""The recurrence as an operator of torch: autograd, torch.compile and fake tensors know it."""
+
+import torch
+
+BACKENDS = {}
+NAMESPACE = __name__.split(".")[0]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::recurrence", mutates_args=())
+def solve(
+    gate: torch.Tensor, x: torch.Tensor, initial: torch.Tensor, mix: bool, reverse: bool, backend: str
+) -> torch.Tensor:
+    """forward of a backend; see the package's docstring."""
+    return BACKENDS[backend].forward(gate.contiguous(), x.contiguous(), initial.contiguous(), mix, reverse)
+
+
+@solve.register_fake
+def _(gate, x, initial, mix, reverse, backend):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::recurrence_backward", mutates_args=())
+def solve_backward(
+    slope: torch.Tensor,
+    gate: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    initial: torch.Tensor,
+    mix: bool,
+    reverse: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """backward of a backend."""
+    inputs = (part.contiguous() for part in (slope, gate, x, h, initial))
+    return BACKENDS[backend].backward(*inputs, mix, reverse)
+
+
+@solve_backward.register_fake
+def _(slope, gate, x, h, initial, mix, reverse, backend):
+    return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (gate, x, initial))
+
+
+def _keep(ctx, inputs, output):
+    gate, x, initial, ctx.mix, ctx.reverse, ctx.backend = inputs
+    ctx.save_for_backward(gate, x, output, initial)
+
+
+def _gradients(ctx, slope):
+    return *solve_backward(slope, *ctx.saved_tensors, ctx.mix, ctx.reverse, ctx.backend), None, None, None
+
+
+solve.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,130 @@
+"""train_qrnn.py: its recipes, every flag, a run of each mode with resume, the adaptive softmax, the loss's scale."""
+
+from argparse import Namespace
+
+import onnxruntime
+import pytest
+import torch
+from conftest import TINY
+
+import evaluate
+import generate
+import train_qrnn
+from models import build
+from utils import checkpoint, cli, runtime, trainer
+
+PAPER = {
+    "emsize": 640, "nhid": 640, "nlayers": 2, "window": 2, "zoneout": 0.1, "dropout": 0.5, "mode": "fo", "tied": False,
+    "optimizer": "sgd", "lr": 1.0, "average": "columns", "clip": 10.0, "wdecay": 2e-4, "batch_size": 20, "bptt": 105,
+    "epochs": 72, "schedule": "step", "decay": 0.95, "decay_from": 6, "candidate": "tanh", "backend": None,
+}  # fmt: skip
+
+
+def parse(*argv):
+    """The flags of a train_qrnn.py command line."""
+    return cli.parse_training(train_qrnn.build_parser(), train_qrnn.RECIPES, list(argv), family="qrnn")[0]
+
+
+def test_recipes():
+    """The paper's is the default, and is the paper's; fast is one cycle of Adam."""
+    assert {name: vars(parse())[name] for name in PAPER} == PAPER
+    assert vars(parse("--recipe", "paper")) == vars(parse()) | {"argv": ["--recipe", "paper"]}
+    fast = parse("--recipe=fast")
+    assert (fast.optimizer, fast.schedule, fast.average, fast.tied) == ("adam", "onecycle", "targets", True)
+    assert parse("--no-output-gate").mode == "f" and parse("--mode=ifo").mode == "ifo"
+    model = build(train_qrnn.model_config(parse(), 10000))
+    assert model.num_params() == 17_729_040
+
+
+CHANGES = {
+    "emsize": 13, "nhid": 7, "nlayers": 3, "window": 3, "zoneout": 0.25, "mode": "ifo", "candidate": "sigmoid",
+    "backend": "scan", "dropout": 0.125,
+}  # fmt: skip
+
+
+def test_every_model_flag_changes_the_model():
+    """Each of them alone changes the built model."""
+    group = next(g for g in train_qrnn.build_parser()._action_groups if g.title == "model")
+    assert {action.dest for action in group._group_actions} == set(CHANGES)
+
+    def built(*flags):
+        model = build(train_qrnn.model_config(parse(*TINY, *flags), 31))
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        layer = model.core.layers[0]
+        own = (layer.zoneout, layer.mode, layer.candidate, layer.backend, layer.window)
+        return shapes, own, (model.dropouti, model.dropout, model.core.dropout)
+
+    plain = built()
+    for name, value in CHANGES.items():
+        assert built(f"--{name}={value}") != plain, name
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--zoneout=0.2"],
+        ["--mode=ifo", "--window=3", "--candidate=sigmoid"],
+        ["--no-output-gate", "--window=1", "--backend=torch", "--amp=bf16"],
+        ["--adaptivesoftmax"],
+    ],
+)
+def test_train_resume_evaluate_generate(flags, tiny_corpus, tmp_path, monkeypatch, capsys):
+    """The perplexity falls; a resumed run equals a whole one; the checkpoint is scored and generates."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--data", str(tiny_corpus), *TINY, "--recipe=fast", *flags, "--schedule=constant", "--lr", "0.01"]
+    whole = train_qrnn.main([*common, "--name", "whole"])
+    train_qrnn.main([*common, "--name", "cut", "--epochs", "1"])
+    resumed = train_qrnn.main(["--resume", "cut", "--epochs", "2"])
+    assert resumed["results"] == whole["results"]
+    first, second = (epoch["valid_ppl"] for epoch in whole["history"]["epochs"])
+    assert second < first < 29
+    a, b = (checkpoint.load(f"runs/{name}/last.pt")["weights"] for name in ("whole", "cut"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    capsys.readouterr()
+    evaluate.main(["--data", str(tiny_corpus)])
+    assert f"{whole['results']['test']['perplexity']:8.2f}" in capsys.readouterr().out
+    generate.main(["--words", "12", "--outf", "-"])
+    assert len(capsys.readouterr().out.split()) >= 12
+
+
+def test_loss_summed_over_the_window():
+    """--average columns: gradient, norm and update are those of --average targets times the number of steps."""
+    norms, changes = [], []
+    for average in ("targets", "columns"):
+        torch.manual_seed(3)
+        model = build(train_qrnn.model_config(parse(*TINY), 31)).eval()
+        before = model.head.weight.detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        tokens, targets = torch.randint(31, (13, 5)), torch.randint(31, (13, 5))
+        args, clock = Namespace(amp="off", clip=0.0, average=average), runtime.Clock(torch.device("cpu"))
+        _, _, norm, _, _ = trainer.training_step(model, optimizer, tokens, targets, model.initial_state(5), args, clock)
+        norms.append(norm)
+        changes.append(model.head.weight.detach() - before)
+    torch.testing.assert_close(norms[1], 13 * norms[0])
+    torch.testing.assert_close(changes[1], 13 * changes[0], rtol=1e-3, atol=1e-6)
+
+
+def test_onnx_is_one_step(tiny_corpus, tmp_path, monkeypatch):
+    """The exported graph, called word by word with the state it gave, is the model."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(tiny_corpus), *TINY, "--window=3", "--epochs=1", "--onnx-export", "q.onnx"]
+    train_qrnn.main(flags)
+    model = _load("model.pt")
+    session = onnxruntime.InferenceSession("q.onnx")
+    assert session.get_inputs()[0].name == "tokens"
+    tokens, state = torch.randint(20, (6, 2)), model.initial_state(2)
+    with torch.no_grad():
+        hidden, _ = model.hidden(tokens, state)
+        want = model.log_probs(hidden)
+    carried = [part.numpy() for part in state]
+    for t in range(6):
+        feed = dict(zip((i.name for i in session.get_inputs()), [tokens[t : t + 1].numpy(), *carried], strict=True))
+        got, *carried = session.run(None, feed)
+        torch.testing.assert_close(torch.from_numpy(got[0]), want[t], rtol=1e-4, atol=1e-5)
+
+
+def _load(path):
+    saved = checkpoint.load(path)
+    model = build(saved["config"])
+    model.load_state_dict(saved["weights"])
+    return model.eval()
