@@ -2,7 +2,6 @@
 
 import multiprocessing
 import shutil
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 import torch
 
 from data.corpus import Corpus, find_corpus, split_file
+from models.forget_mult import BACKENDS
 from utils import UserError, cli, report, runtime
-from utils.tables import about, spread, table_text
+from utils.layers import Layer, Recurrence
+from utils.tables import RENDERERS, RIVALS, figure4_picture, rival_name, table_text
 from utils.workers import Worker, load_once, write_zipf
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,6 +29,12 @@ CANDIDATES = {
     "LSTM 650 tied, example": ("train_rnn", "--recipe example --tied --emsize 650 --nhid 650"),
     "RMC, paper's form": ("train_rmc", "--variant paper"),
     "RMC, port's form": ("train_rmc", "--variant port"),
+    "QRNN, paper": ("train_qrnn", "--recipe paper"),
+    "LSTM 640, QRNN's paper": (
+        "train_rnn",
+        "--emsize 640 --nhid 640 --nlayers 2 --dropout 0.5 --no-tied --optimizer sgd --lr 1 --average columns "
+        "--clip 10 --wdecay 2e-4 --batch-size 20 --bptt 105",
+    ),
 }
 
 # Likewise, at WikiText-103's size; only when --only names them: a step takes most of a minute and gigabytes.
@@ -40,17 +47,16 @@ LARGE = {
     ),
 }
 
-# Whom a candidate is compared with: a peer, the candidate whose flags and weights the peer takes.
-RIVALS = {
-    "LSTM, port": ("port-rnn", "LSTM, port"),
-    "LSTM loop, port": ("port-rnn", "LSTM loop, port"),
-    "LSTM 650 tied, example": ("example", "LSTM 650 tied, example"),
-    "RMC, paper's form": ("port-rmc", "RMC, port's form"),
-    "RMC, port's form": ("port-rmc", "RMC, port's form"),
-}
+# What `layers` times: sizes, and the ways to compute them.
+RECURRENCES = ((105, 20, 640), (70, 20, 1550))
+LAYERS = ((70, 20, 1550, 1550, 1),)
+SEEDS = {"pytorch-qrnn": "qrnn", "log-space QRNN": "log_qrnn"}
+GRID = {"batch": (8, 16, 32, 64, 128, 256), "length": (32, 64, 128, 256, 512)}
 
 TOLERANCE = {"off": 1e-5, "bf16": 2e-2}
 """Largest relative difference of a loss from its reference, by --amp; beyond it nothing is timed."""
+LAYER_TOLERANCE = {"scan": 1e-3, "log-space QRNN": 1e-3, "QRNN bf16": TOLERANCE["bf16"]}
+"""Of those that are less exact by nature."""
 
 
 def table(args):
@@ -70,9 +76,7 @@ def table(args):
     text = table_text([records[name] for name in sorted(records)])
     page = args.results / f"{args.name}.md"
     folder.mkdir(parents=True, exist_ok=True)
-    if not page.exists():
-        page.write_text(f"# {args.name}\n\n<!-- {args.name} -->\n<!-- /{args.name} -->\n", encoding="utf-8")
-    report.replace_between(page, args.name, text)
+    (report.replace_between if page.exists() else put_on_page)(page, args.name, text)
     for name, record in added.items():
         report.write_record(folder / f"{name}.json", record)
     report.say(f"| {len(records)} rows in {page}")
@@ -112,11 +116,6 @@ def start_workers(args):
     return memory, workers
 
 
-def rival_name(rival):
-    """How a table calls a peer."""
-    return f"{rival[0]} ({rival[1]})"
-
-
 def speed(args):
     """Time full training steps of the candidates and their peers, in turn; table what they take."""
     _, machine = runtime.setup(args)
@@ -144,12 +143,6 @@ def speed(args):
     finish(args, machine, {"kind": "speed", "vocab_size": args.vocab_size, "rows": rows})
 
 
-SPEED_COLUMNS = (
-    "model", "ms/batch, median (range)", "tokens/s", "forward only ms", "launches", "peak MiB", "products alone ms",
-    "step / products", "times the peer's speed", "launches / peer's", "peak / peer's",
-)  # fmt: skip
-
-
 def memory(args):
     """Peak memory of training steps above parameters and imports, of each candidate and peer in a fresh process."""
     _, machine = runtime.setup(args)
@@ -159,37 +152,6 @@ def memory(args):
         rows.append({"name": name, "parameters": worker("parameters"), "memory_mib": worker("memory")})
         worker.end()
     finish(args, machine, {"kind": "memory", "vocab_size": args.vocab_size, "rows": rows})
-
-
-def memory_text(record):
-    """The markdown of a memory record."""
-    header = ("model", "parameters", "parameters MiB", "peak MiB of two training steps, above the parameters")
-    rows = [
-        [row["name"], f"{row['parameters']:,}", f"{row['parameters'] / 2**18:,.0f}", f"{row['memory_mib']:,.0f}"]
-        for row in record["rows"]
-    ]
-    return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
-
-
-def speed_text(record):
-    """The markdown of a speed record: how it was made, its table."""
-    rows = {row["name"]: row for row in record["rows"]}
-    table_rows = []
-    for name, row in rows.items():
-        median = statistics.median(row["ms"])
-        cells = [name, spread(row["ms"]), "", f"{statistics.median(row['forward_ms']):,.0f}", f"{row['launches']:,}"]
-        cells += [f"{row['memory_mib']:,.0f}", "", "", "", "", ""]
-        if "products_ms" in row:
-            cells[2] = f"{row['tokens'] / median * 1000:,.0f}"
-            cells[6] = spread(row["products_ms"])
-            cells[7] = spread([taken / alone for taken, alone in zip(row["ms"], row["products_ms"], strict=True)], 2)
-        peer = rows.get(rival_name(RIVALS[name])) if name in RIVALS else None
-        if peer:
-            cells[8] = spread([theirs / ours for ours, theirs in zip(row["ms"], peer["ms"], strict=True)], 2)
-            cells[9] = f"{row['launches'] / peer['launches']:.2f}"
-            cells[10] = f"{row['memory_mib'] / peer['memory_mib']:.2f}"
-        table_rows.append(cells)
-    return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(SPEED_COLUMNS, table_rows)
 
 
 def profile(args):
@@ -204,16 +166,6 @@ def profile(args):
         worker.end()
         rows.append({"name": name, "longest": longest, "total_ms": total})
     finish(args, machine, {"kind": "profile", "vocab_size": args.vocab_size, "rows": rows})
-
-
-def profile_text(record):
-    """The markdown of a profile record: two columns a candidate, its operations by their own time."""
-    header, cells = [], []
-    for row in record["rows"]:
-        header += [f"{row['name']}: {row['total_ms']:,.0f} ms", "calls", "ms"]
-        cells.append([[name, f"{calls:,}", f"{taken:,.0f}"] for name, taken, calls in row["longest"]])
-    rows = [[cell for part in parts for cell in part] for parts in zip(*cells, strict=True)]
-    return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
 
 
 def evaluation(args):
@@ -235,17 +187,6 @@ def evaluation(args):
         for key, taken in results.items()
     ]
     finish(args, machine, {"kind": "evaluation", "targets": len(ids) - 1, "corpus": corpus.name, "rows": rows})
-
-
-def evaluation_text(record):
-    """The markdown of an evaluation record."""
-    ours = record["rows"][0]
-    table_rows = []
-    for row in record["rows"]:
-        ratios = [theirs / own for own, theirs in zip(ours["seconds"], row["seconds"], strict=True)]
-        table_rows.append([row["name"], spread(row["seconds"], 2), f"{row['perplexity']:.2f}", spread(ratios, 2)])
-    header = ("model", f"seconds for {record['targets']:,} targets of {record['corpus']}", "perplexity", "times ours")
-    return about(record) + report.markdown_table(header, table_rows)
 
 
 def load(args):
@@ -279,45 +220,97 @@ def load(args):
     finish(args, machine, {"kind": "load", "corpus": name, "rows": rows})
 
 
-def load_text(record):
-    """The markdown of a load record."""
-    rows = {row["name"]: row for row in record["rows"]}
-    build_seconds = rows["build"]["seconds"]
-    table_rows = []
-    for name, row in rows.items():
-        ratios = [other / own for own, other in zip(build_seconds, row["seconds"], strict=True)]
-        table_rows.append([name, spread(row["seconds"], 2), f"{max(row['memory_mib']):,.0f}", spread(ratios, 2)])
-    return about(record) + report.markdown_table(
-        (record["corpus"], "seconds", "peak MiB", "times our build"), table_rows
-    )
+def layers(args):
+    """Time the QRNN's recurrence in every way and its layer, beside nn.LSTM and the seeds whose checkouts are given."""
+    _, machine = runtime.setup(args)
+    seeds = [seed for seed, flag in SEEDS.items() if getattr(args, flag)]
+    rows = []
+    for kind, every, ways in (
+        (Recurrence, RECURRENCES, [*BACKENDS, *seeds]),
+        (Layer, LAYERS, ["QRNN", "QRNN bf16", "nn.LSTM", *seeds]),
+    ):
+        for sizes in every:
+            rows += time_ways(args, kind, sizes, ways)
+    finish(args, machine, {"kind": "layers", "rows": rows}, "qrnn")
 
 
-def finish(args, machine, figures):
-    """Print the table of a measurement; with --record keep it and render it in results/speed.md."""
+def time_ways(args, kind, sizes, ways):
+    """Rows of a table: each way in a process of its own, in turn; differences from the reference, milliseconds."""
+    workers, differences = {}, {}
+    for way in ways:
+        checkout = getattr(args, SEEDS[way]) if way in SEEDS else None
+        worker = Worker(way, sizes, checkout, args, kind=kind)
+        differences[way] = worker("difference")
+        if differences[way] <= LAYER_TOLERANCE.get(way, TOLERANCE["off"]):
+            workers[way] = worker
+        else:
+            report.say(f"| {way}: {differences[way]:.1e} off its reference: not timed")
+            worker.end()
+    taken = {way: [] for way in workers}
+    for number in report.progress(range(args.warmup + args.rounds), f"{kind.__name__.lower()} {sizes}"):
+        for way, worker in workers.items():
+            milliseconds = worker("step")
+            if number >= args.warmup:
+                taken[way].append(milliseconds)
+    rows = []
+    for way, worker in workers.items():
+        row = {"what": kind.__name__.lower(), "sizes": list(sizes), "name": way, "ms": taken[way]}
+        row["difference"] = differences[way]
+        if kind is Layer and way.startswith("QRNN"):
+            row["products_ms"] = [worker("products") for _ in range(args.rounds)]
+        worker.end()
+        rows.append(row)
+    return rows
+
+
+def figure4(args):
+    """Figure 4 of the QRNN's paper: a training step's parts, and a layer's speed without gradients over nn.LSTM's."""
+    _, machine = runtime.setup(args)
+    workers = {name: Worker(*CANDIDATES[name], None, None, args) for name in ("LSTM 640, QRNN's paper", "QRNN, paper")}
+    parts = {name: [] for name in workers}
+    for number in report.progress(range(args.warmup + args.rounds), "training steps"):
+        for name, worker in workers.items():
+            taken = worker("parts")
+            if number >= args.warmup:
+                parts[name].append(taken)
+    for worker in workers.values():
+        worker.end()
+    cells = []
+    for batch, length in report.progress([(b, t) for b in GRID["batch"] for t in GRID["length"]], "grid"):
+        sizes = (length, batch, 320, 320, 2)
+        ways = {way: Worker(way, sizes, None, args, kind=Layer) for way in ("nn.LSTM", "QRNN", "QRNN bf16")}
+        taken = {way: [worker("inference") for _ in range(args.warmup + args.rounds)] for way, worker in ways.items()}
+        for worker in ways.values():
+            worker.end()
+        cells.append({"batch": batch, "length": length} | {way: times[args.warmup :] for way, times in taken.items()})
+    figures = {"kind": "figure4", "vocab_size": args.vocab_size, "parts": parts, "cells": cells}
+    finish(args, machine, figures, "qrnn")
+    if args.record:
+        figure4_picture(figures, args.results / "qrnn" / f"{args.record}.png")
+
+
+def put_on_page(page, name, text):
+    """Text between the markers of `name` on a page of markdown; page and markers are made where there are none."""
+    if not page.exists():
+        page.write_text(f"# {page.stem}\n", encoding="utf-8")
+    if f"<!-- {name} -->" not in page.read_text(encoding="utf-8"):
+        with open(page, "a", encoding="utf-8") as file:
+            file.write(f"\n<!-- {name} -->\n<!-- /{name} -->\n")
+    report.replace_between(page, name, text)
+
+
+def finish(args, machine, figures, page="speed"):
+    """Print the table of a measurement; with --record keep it in results/<page>/ and render it in results/<page>.md."""
     environment = report.environment(torch.device("cuda" if args.cuda else "cpu"), args.amp)
     command = report.command(args.argv)
     record = {"name": args.record, "command": command, "environment": environment, "machine": machine, **figures}
     text = RENDERERS[record["kind"]](record)
     if args.record:
-        page, folder = args.results / "speed.md", args.results / "speed"
+        folder = args.results / page
         folder.mkdir(parents=True, exist_ok=True)
-        if not page.exists():
-            page.write_text("# Speed\n", encoding="utf-8")
-        if f"<!-- {args.record} -->" not in page.read_text(encoding="utf-8"):
-            with open(page, "a", encoding="utf-8") as file:
-                file.write(f"\n<!-- {args.record} -->\n<!-- /{args.record} -->\n")
-        report.replace_between(page, args.record, text)
+        put_on_page(args.results / f"{page}.md", args.record, text)
         report.write_record(folder / f"{args.record}.json", record)
     report.say(text)
-
-
-RENDERERS = {
-    "speed": speed_text,
-    "memory": memory_text,
-    "profile": profile_text,
-    "evaluation": evaluation_text,
-    "load": load_text,
-}
 
 
 def build_parser():
@@ -335,8 +328,7 @@ def build_parser():
     command.set_defaults(call=memory)
     command = commands.add_parser("speed", description=speed.__doc__, help="time training steps")
     add_choice(command)
-    command.add_argument("--rounds", type=cli.positive_int, default=10, help="timed steps of each candidate")
-    command.add_argument("--warmup", type=cli.positive_int, default=3, help="steps before, not timed")
+    add_rounds(command)
     add_record(command)
     command.set_defaults(call=speed)
     command = commands.add_parser("profile", description=profile.__doc__, help="where a training step's time goes")
@@ -345,6 +337,17 @@ def build_parser():
     command.add_argument("--operations", type=cli.positive_int, default=10, help="how many of the longest")
     add_record(command)
     command.set_defaults(call=profile)
+    command = commands.add_parser("layers", description=layers.__doc__, help="time the QRNN's recurrence and layer")
+    command.add_argument("--qrnn", metavar="DIR", help="checkout of salesforce/pytorch-qrnn, measured beside ours")
+    command.add_argument("--log-qrnn", metavar="DIR", help="checkout of LGirrbach/PyTorch-QRNN, measured beside ours")
+    add_rounds(command)
+    add_record(command)
+    command.set_defaults(call=layers)
+    command = commands.add_parser("figure4", description=figure4.__doc__, help="the QRNN paper's figure of speed")
+    command.add_argument("--vocab-size", type=cli.number(int, 3), default=10000, help="words; Penn Treebank has 10000")
+    add_rounds(command)
+    add_record(command)
+    command.set_defaults(call=figure4)
     command = commands.add_parser("evaluation", description=evaluation.__doc__, help="time an evaluation in one column")
     cli.add_data(command)
     command.add_argument("--tokens", type=cli.positive_int, default=20000, help="of the test split, from its start")
@@ -373,6 +376,12 @@ def add_choice(parser):
     add_example(parser)
 
 
+def add_rounds(parser):
+    """How often."""
+    parser.add_argument("--rounds", type=cli.positive_int, default=10, help="timed steps of each candidate")
+    parser.add_argument("--warmup", type=cli.positive_int, default=3, help="steps before, not timed")
+
+
 def add_port(parser):
     """A peer."""
     parser.add_argument("--port", metavar="DIR", help="checkout of L0SG/relational-rnn-pytorch, measured beside ours")
@@ -387,7 +396,7 @@ def add_example(parser):
 
 def add_record(parser):
     """Where to keep the figures, and the machine."""
-    parser.add_argument("--record", metavar="NAME", help="keep the figures as results/speed/NAME.json and in speed.md")
+    parser.add_argument("--record", metavar="NAME", help="keep the figures in results/ and on their page")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where records and tables are")
     cli.add_runtime(parser)
 

@@ -11,7 +11,7 @@ import torch
 import benchmark
 from data import Corpus
 from models import build
-from utils import UserError, cli, report, workers
+from utils import UserError, cli, report, tables, workers
 
 PAGE = "# Small\n\nbefore\n\n<!-- small -->\n{}<!-- /small -->\n\nafter\n"
 SMALL = "--emsize 11 --nhid 11 --batch-size 7 --bptt 13"
@@ -217,7 +217,7 @@ def test_speed_prints_a_row_a_candidate(candidates, capsys, tmp_path):
     record = report.read_record(tmp_path / "speed" / "small.json")
     assert record["rows"][0]["tokens"] == 7 * 13 and min(record["rows"][0]["products_ms"]) > 0
     page = (tmp_path / "speed.md").read_text(encoding="utf-8")
-    assert benchmark.speed_text(record) in page
+    assert tables.speed_text(record) in page
 
 
 class Stand_in:
@@ -235,7 +235,6 @@ class Stand_in:
 
 def test_speed_is_the_median_of_the_rounds_after_the_warmup(candidates, capsys, monkeypatch):
     """Warm-up steps do not count; ratios to the peer are of the steps of one round, launches and peaks of one step."""
-    monkeypatch.setattr(benchmark, "RIVALS", {"LSTM, port": ("port-rnn", "LSTM, port")})
     common = {"forward": 5.0, "launches": 30, "products": (20.0, 1.5), "tokens_a_step": 91}
     workers = {
         "LSTM, port": Stand_in((900.0, 40.0, 10.0, 30.0), **common),
@@ -332,7 +331,7 @@ def test_profile_lists_the_longest_operations(candidates, capsys, tmp_path):
         taken = [milliseconds for _, milliseconds, _ in row["longest"]]
         assert len(taken) == 7 and taken == sorted(taken, reverse=True) and sum(taken) <= row["total_ms"]
         assert any(name == "aten::mm" for name, _, _ in row["longest"])
-    assert benchmark.profile_text(record) in (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert tables.profile_text(record) in (tmp_path / "speed.md").read_text(encoding="utf-8")
     assert "LSTM loop, port: " in out
 
 
@@ -348,7 +347,7 @@ def test_load_times_building_and_cache(capsys, tiny_corpus, tmp_path, kind, opti
     assert [next(iter(row.values())) for row in rows] == ["build", "cached"]
     record = report.read_record(tmp_path / "speed" / "load-x.json")
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in record["rows"])
-    assert benchmark.load_text(record) in (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert tables.load_text(record) in (tmp_path / "speed.md").read_text(encoding="utf-8")
 
 
 def test_a_zipf_corpus(tmp_path):
@@ -383,7 +382,7 @@ def test_the_speed_page_is_what_its_records_say():
     for path in sorted((benchmark.RESULTS / "speed").glob("*.json")):
         record = report.read_record(path)
         text = page.read_text(encoding="utf-8").split(f"<!-- {path.stem} -->\n")[1].split(f"<!-- /{path.stem} -->")[0]
-        assert text.strip() == benchmark.RENDERERS[record["kind"]](record).strip(), path.name
+        assert text.strip() == tables.RENDERERS[record["kind"]](record).strip(), path.name
 
 
 PARAMETERS = {
@@ -397,6 +396,8 @@ PARAMETERS = {
     "LSTM 650 tied, example": 33278 * 651 + 2 * 4 * 650 * 1302,
     "RMC, paper's form": 11842622,
     "RMC, port's form": 10667072,
+    "QRNN, paper": 33278 * 1281 + 2 * 3 * 640 * 1281,
+    "LSTM 640, QRNN's paper": 33278 * 1281 + 2 * 4 * 640 * 1282,
 }
 
 
@@ -409,4 +410,4 @@ def test_candidates_are_what_their_names_say(name):
     with torch.device("meta"):
         model = build(module.model_config(args, 33278))
     assert model.num_params() == PARAMETERS[name]
-    assert getattr(model.core, "loop", False) == ("loop" in name or "RMC" in name)
+    assert getattr(model.core, "loop", False) == any(word in name for word in ("loop", "RMC", "QRNN, "))

@@ -4,6 +4,15 @@ import statistics
 
 from . import UserError, report
 
+# Whom a candidate is compared with: a peer, the candidate whose flags and weights the peer takes.
+RIVALS = {
+    "LSTM, port": ("port-rnn", "LSTM, port"),
+    "LSTM loop, port": ("port-rnn", "LSTM loop, port"),
+    "LSTM 650 tied, example": ("example", "LSTM 650 tied, example"),
+    "RMC, paper's form": ("port-rmc", "RMC, port's form"),
+    "RMC, port's form": ("port-rmc", "RMC, port's form"),
+}
+
 COLUMNS = (
     "model", "parameters", "corpus", "recipe", "epochs", "minutes", "valid ppl", "test ppl", "forward ms", "ms/batch",
     "peak MiB", "device", "command", "commit",
@@ -61,3 +70,186 @@ def about(record):
     """How and where a record was made, two paragraphs of markdown."""
     where = " | ".join(f"{key} {value}" for key, value in record["environment"].items())
     return f"`{record['command']}`; {record['machine']}\n\n{where}\n\n"
+
+
+def rival_name(rival):
+    """How a table calls a peer."""
+    return f"{rival[0]} ({rival[1]})"
+
+
+SPEED_COLUMNS = (
+    "model", "ms/batch, median (range)", "tokens/s", "forward only ms", "launches", "peak MiB", "products alone ms",
+    "step / products", "times the peer's speed", "launches / peer's", "peak / peer's",
+)  # fmt: skip
+
+
+def speed_text(record):
+    """The markdown of a speed record: how it was made, its table."""
+    rows = {row["name"]: row for row in record["rows"]}
+    table_rows = []
+    for name, row in rows.items():
+        median = statistics.median(row["ms"])
+        cells = [name, spread(row["ms"]), "", f"{statistics.median(row['forward_ms']):,.0f}", f"{row['launches']:,}"]
+        cells += [f"{row['memory_mib']:,.0f}", "", "", "", "", ""]
+        if "products_ms" in row:
+            cells[2] = f"{row['tokens'] / median * 1000:,.0f}"
+            cells[6] = spread(row["products_ms"])
+            cells[7] = spread([taken / alone for taken, alone in zip(row["ms"], row["products_ms"], strict=True)], 2)
+        peer = rows.get(rival_name(RIVALS[name])) if name in RIVALS else None
+        if peer:
+            cells[8] = spread([theirs / ours for ours, theirs in zip(row["ms"], peer["ms"], strict=True)], 2)
+            cells[9] = f"{row['launches'] / peer['launches']:.2f}"
+            cells[10] = f"{row['memory_mib'] / peer['memory_mib']:.2f}"
+        table_rows.append(cells)
+    return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(SPEED_COLUMNS, table_rows)
+
+
+def memory_text(record):
+    """The markdown of a memory record."""
+    header = ("model", "parameters", "parameters MiB", "peak MiB of two training steps, above the parameters")
+    rows = [
+        [row["name"], f"{row['parameters']:,}", f"{row['parameters'] / 2**18:,.0f}", f"{row['memory_mib']:,.0f}"]
+        for row in record["rows"]
+    ]
+    return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
+
+
+def profile_text(record):
+    """The markdown of a profile record: two columns a candidate, its operations by their own time."""
+    header, cells = [], []
+    for row in record["rows"]:
+        header += [f"{row['name']}: {row['total_ms']:,.0f} ms", "calls", "ms"]
+        cells.append([[name, f"{calls:,}", f"{taken:,.0f}"] for name, taken, calls in row["longest"]])
+    rows = [[cell for part in parts for cell in part] for parts in zip(*cells, strict=True)]
+    return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
+
+
+def evaluation_text(record):
+    """The markdown of an evaluation record."""
+    ours = record["rows"][0]
+    table_rows = []
+    for row in record["rows"]:
+        ratios = [theirs / own for own, theirs in zip(ours["seconds"], row["seconds"], strict=True)]
+        table_rows.append([row["name"], spread(row["seconds"], 2), f"{row['perplexity']:.2f}", spread(ratios, 2)])
+    header = ("model", f"seconds for {record['targets']:,} targets of {record['corpus']}", "perplexity", "times ours")
+    return about(record) + report.markdown_table(header, table_rows)
+
+
+def load_text(record):
+    """The markdown of a load record."""
+    rows = {row["name"]: row for row in record["rows"]}
+    build_seconds = rows["build"]["seconds"]
+    table_rows = []
+    for name, row in rows.items():
+        ratios = [other / own for own, other in zip(build_seconds, row["seconds"], strict=True)]
+        table_rows.append([name, spread(row["seconds"], 2), f"{max(row['memory_mib']):,.0f}", spread(ratios, 2)])
+    return about(record) + report.markdown_table(
+        (record["corpus"], "seconds", "peak MiB", "times our build"), table_rows
+    )
+
+
+def layers_text(record):
+    """The markdown of a layers record: each size a part, ratios to the first way and to the products alone."""
+    text = [about(record)]
+    for what, sizes in dict.fromkeys((row["what"], tuple(row["sizes"])) for row in record["rows"]):
+        rows = [row for row in record["rows"] if (row["what"], tuple(row["sizes"])) == (what, sizes)]
+        names = "T, B, H" if what == "recurrence" else "T, B, input, H, window"
+        first = next(row for row in rows if row["name"] in ("cpu", "QRNN"))
+        cells = []
+        for row in rows:
+            ratios = [theirs / ours for ours, theirs in zip(first["ms"], row["ms"], strict=True)]
+            alone = row.get("products_ms")
+            over = spread([a / b for a, b in zip(row["ms"], alone, strict=True)], 2) if alone else ""
+            cells.append([row["name"], f"{row['difference']:.0e}", spread(row["ms"], 1), spread(ratios, 2), over])
+        header = (f"{what}, {names} = {', '.join(map(str, sizes))}", "difference", "forward and backward ms")
+        header += (f"times {first['name']}", "times its products alone")
+        text.append(report.markdown_table(header, cells))
+    return "\n".join(text)
+
+
+PUBLISHED = {
+    8: (5.5, 8.8, 11.0, 12.4, 16.9), 16: (5.5, 6.7, 7.8, 8.3, 10.8), 32: (4.2, 4.5, 4.9, 4.9, 6.4),
+    64: (3.0, 3.0, 3.0, 3.0, 3.7), 128: (2.1, 1.9, 2.0, 2.0, 2.4), 256: (1.4, 1.4, 1.3, 1.3, 1.3),
+}  # fmt: skip
+"""Figure 4 of Bradbury et al. 2017, right: by batch size, for 32, 64, 128, 256 and 512 steps, over cuDNN's LSTM."""
+PUBLISHED_PARTS = {"LSTM (cuDNN, paper)": (170, 75, 45), "QRNN (paper)": (42, 75, 35)}
+"""Left: milliseconds of RNN, softmax and optimization, read off the bars."""
+
+
+def _figure4(record):
+    """Medians: {name: (RNN, softmax, optimization)}, and {way: {(batch, length): times nn.LSTM's speed}}."""
+    parts = {
+        name: [statistics.median(column) for column in zip(*taken, strict=True)]
+        for name, taken in record["parts"].items()
+    }
+    grids = {}
+    for way in ("QRNN", "QRNN bf16"):
+        grids[way] = {
+            (cell["batch"], cell["length"]): statistics.median(cell["nn.LSTM"]) / statistics.median(cell[way])
+            for cell in record["cells"]
+        }
+    return parts, grids
+
+
+def figure4_text(record):
+    """The markdown of a figure4 record: parts of a step, then the grid of speeds, published figures beside ours."""
+    parts, grids = _figure4(record)
+    rows = [
+        [name, *(f"{value:,.0f}" for value in taken), f"{sum(taken):,.0f}"]
+        for name, taken in [*parts.items(), *PUBLISHED_PARTS.items()]
+    ]
+    text = about(record) + report.markdown_table(("ms a training step", "RNN", "softmax", "optimization", "all"), rows)
+    batches, lengths = (sorted({key[number] for key in grids["QRNN"]}) for number in (0, 1))
+    rows = []
+    for batch in batches:
+        row = [str(batch)]
+        for length in lengths:
+            published = dict(zip((32, 64, 128, 256, 512), PUBLISHED.get(batch, ()), strict=False)).get(length)
+            row.append(" / ".join([*(f"{grids[way][batch, length]:.1f}" for way in grids), f"{published or '-'}"]))
+        rows.append(row)
+    header = ("batch: ours / ours bf16 / published", *(f"{length} steps" for length in lengths))
+    return text + "\n" + report.markdown_table(header, rows)
+
+
+def figure4_picture(record, path):
+    """Figure 4 in the paper's form: bars of a training step's parts, and the grid of speeds over nn.LSTM."""
+    from matplotlib.figure import Figure
+
+    parts, grids = _figure4(record)
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    bottom = [0.0] * len(parts)
+    for number, label in enumerate(("RNN", "softmax", "optimization")):
+        heights = [taken[number] for taken in parts.values()]
+        left.bar(list(parts), heights, 0.6, bottom, label=label)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    left.set_ylabel("milliseconds a batch")
+    left.set_title("Training step, 2 x 640, batch 20, 105 steps")
+    left.legend()
+    grid = grids["QRNN"]
+    batches, lengths = (sorted({key[number] for key in grid}) for number in (0, 1))
+    right.imshow(
+        [[grid[batch, length] for length in lengths] for batch in batches], cmap="Greens", vmin=0, aspect="auto"
+    )
+    for y, batch in enumerate(batches):
+        published = dict(zip((32, 64, 128, 256, 512), PUBLISHED.get(batch, ()), strict=False))
+        for x, length in enumerate(lengths):
+            theirs = f"\n(paper {published[length]}x)" if length in published else ""
+            right.text(x, y, f"{grid[batch, length]:.1f}x{theirs}", ha="center", va="center", fontsize=9)
+    right.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+    right.set_yticks(range(len(batches)), [str(batch) for batch in batches])
+    right.set_xlabel("sequence length")
+    right.set_ylabel("batch size")
+    right.set_title("320-unit QRNN layer without gradients, times the speed of nn.LSTM")
+    figure.savefig(path, dpi=120)
+
+
+RENDERERS = {
+    "speed": speed_text,
+    "memory": memory_text,
+    "profile": profile_text,
+    "evaluation": evaluation_text,
+    "load": load_text,
+    "layers": layers_text,
+    "figure4": figure4_text,
+}

@@ -97,15 +97,20 @@ def _finished(call):
     torch.cuda.synchronize()
 
 
+def once(call):
+    """Milliseconds of one call on the CPU."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1000
+
+
 def median_time(call, seconds):
     """Milliseconds of a call, the median of as many as fit into `seconds`, three at least."""
     call()
     taken = []
-    while len(taken) < 3 or sum(taken) < seconds:
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken) * 1000
+    while len(taken) < 3 or sum(taken) < 1000 * seconds:
+        taken.append(once(call))
+    return statistics.median(taken)
 
 
 def memory_above(call, device):

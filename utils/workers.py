@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import multiprocessing
 import time
 from functools import partial
@@ -95,6 +96,28 @@ class Candidate:
         """Peak MiB of two training steps above what was there before them, parameters and imports."""
         return timing.memory_above(lambda: (self.step(), self.step()), self.device)
 
+    def parts(self):
+        """Milliseconds of a training step in the core, in the softmax and loss, and in clipping and the update."""
+        marks = [time.perf_counter()]
+
+        def mark():
+            marks.append(time.perf_counter())
+
+        self.optimizer.zero_grad()
+        x = self.model.embedding(self.tokens)
+        hidden, _ = self.model.core(x, self.state)
+        mark()
+        output = hidden.detach().requires_grad_()
+        (self.model.head.loss(output, self.targets) / self.tokens.shape[1]).backward()
+        mark()
+        hidden.backward(output.grad)
+        mark()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.flags.clip)
+        self.optimizer.step()
+        mark()
+        forward, softmax, backward, update = (1000 * (end - start) for start, end in itertools.pairwise(marks))
+        return forward + backward, softmax, update
+
     def tokens_a_step(self):
         """Targets of a training step."""
         return self.targets.numel()
@@ -113,7 +136,7 @@ class Candidate:
         return timing.products_alone(timing.count(self.step).products, self.device)
 
     def profile(self, rows):
-        """Where a step's time goes: the `rows` longest operations (name, own milliseconds, calls), and the sum of all."""
+        """The `rows` longest operations of a step (name, own milliseconds, calls), and the milliseconds of all."""
         self.step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             self.step()
@@ -132,12 +155,12 @@ class Candidate:
 
 
 class Worker:
-    """A Candidate in a process of its own: its settings and memory are nobody else's."""
+    """A Candidate, or what else `kind` makes, in a process of its own: its settings and memory are nobody else's."""
 
-    def __init__(self, *candidate):
+    def __init__(self, *candidate, kind=Candidate):
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, *candidate), daemon=True)
+        self.process = context.Process(target=work, args=(other, kind, *candidate), daemon=True)
         self.process.start()
         other.close()
         self.receive()
@@ -164,10 +187,10 @@ class Worker:
         self.process.join()
 
 
-def work(pipe, *candidate):
+def work(pipe, kind, *candidate):
     """Build a Candidate, then do what is asked until the other end is closed."""
     try:
-        candidate = Candidate(*candidate)
+        candidate = kind(*candidate)
         pipe.send("ready")
     except UserError as error:
         pipe.send(error)

@@ -1,0 +1,179 @@
+"""Recurrences and layers by themselves, ours and other repositories', as benchmark.py measures them."""
+
+import contextlib
+import copy
+import sys
+import types
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import QRNNLayer, forget_mult
+from models.forget_mult import BACKENDS
+
+from . import UserError, runtime, timing
+from .peers import load
+
+QRNN_SEED = "salesforce/pytorch-qrnn"
+LOG_SEED = "LGirrbach/PyTorch-QRNN"
+
+
+@contextlib.contextmanager
+def _stand_ins(*names):
+    """Empty modules in the place of packages that a peer imports and a CPU never calls."""
+    made = {name: types.ModuleType(name) for name in names if name not in sys.modules}
+    for name, module in made.items():
+        module.function = module.Program = None
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in made:
+            del sys.modules[name]
+
+
+def qrnn_seed(checkout):
+    """pytorch-qrnn's two files as modules: forget_mult, qrnn."""
+    if not checkout:
+        raise UserError(f"--qrnn names no checkout of {QRNN_SEED}")
+    folder = Path(checkout) / "torchqrnn"
+    with _stand_ins("cupy", "cupy.cuda", "pynvrtc", "pynvrtc.compiler", "forget_mult"):
+        recurrence = load(folder / "forget_mult.py", QRNN_SEED)
+        sys.modules["forget_mult"].ForgetMult = recurrence.ForgetMult
+        layer = load(folder / "qrnn.py", QRNN_SEED, [("from .forget_mult", "from forget_mult")])
+    return recurrence, layer
+
+
+def settle(args, ours):
+    """Apply the settings of ours, or what a peer's users have, denormals apart."""
+    if ours:
+        runtime.setup(args)
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+
+
+class Recurrence:
+    """h_t = f_t x_t + (1 - f_t) h_{t-1} in one way, forward and backward by f, x (T, B, H) and the first state.
+
+    way: a backend of ours, "pytorch-qrnn", or "log-space QRNN": its layer without its products, which takes
+    sigmoids of its gates and starts from 0.
+    """
+
+    def __init__(self, way, sizes, checkout, args):
+        settle(args, way in BACKENDS)
+        torch.manual_seed(0)
+        steps, batch, features = sizes
+        self.raw = torch.randn(steps, batch, features), torch.randn(steps, batch, features)
+        self.slope = torch.randn(steps, batch, features)
+        self.state = torch.zeros(batch, features)
+        if way in BACKENDS:
+            self.solve = lambda f, x, state: forget_mult(f, x, state, backend=way)
+        elif way == "pytorch-qrnn":
+            module, _ = qrnn_seed(checkout)
+            self.solve = lambda f, x, state: module.ForgetMult()(f, x, state, use_cuda=False)
+        else:
+            self.layer = log_seed(checkout).QRNNLayer(1, features, 1, "f")
+            del self.layer.f_conv, self.layer.z_conv
+            self.layer.f_conv = lambda inputs: -inputs[:, :features]
+            self.layer.z_conv = lambda inputs: inputs[:, features:]
+            self.solve = None
+
+    def leaves(self, dtype=torch.float32):
+        """f, x and the state, fresh, with gradients."""
+        f, x = (part.to(dtype) for part in self.raw)
+        if self.solve:
+            f, x = f.sigmoid(), x.sigmoid()
+        return [part.requires_grad_() for part in (f.clone(), x.clone(), self.state.to(dtype, copy=True))]
+
+    def call(self, f, x, state):
+        """h of the way."""
+        if self.solve:
+            return self.solve(f, x, state)
+        return self.layer(torch.cat([f, x], 2).transpose(0, 1)).transpose(0, 1)
+
+    def difference(self):
+        """Relative differences of h from the plain loop in float64, and of the gradient in f: the larger."""
+        leaves, exact_leaves = self.leaves(), self.leaves(torch.float64)
+        exact = exact_leaves if self.solve else [part.sigmoid() for part in exact_leaves[:2]] + exact_leaves[2:]
+        h, want = self.call(*leaves), forget_mult(*exact, backend="reference")
+        h.backward(self.slope)
+        want.backward(self.slope.double())
+        pairs = (h.detach(), want.detach()), (leaves[0].grad, exact_leaves[0].grad)
+        return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+    def step(self):
+        """Milliseconds of h, forward and backward."""
+        leaves = self.leaves()
+        return timing.once(lambda: self.call(*leaves).backward(self.slope))
+
+
+def log_seed(checkout):
+    """LGirrbach's layer as a module."""
+    if not checkout:
+        raise UserError(f"--log-qrnn names no checkout of {LOG_SEED}")
+    return load(Path(checkout) / "qrnn_layer.py", LOG_SEED)
+
+
+class Layer:
+    """One layer, (T, B, input) to (T, B, hidden), forward and backward by input and weights.
+
+    way: "QRNN" and "QRNN bf16", ours; "nn.LSTM"; "pytorch-qrnn" and "log-space QRNN", the seeds', with the weights of
+    ours. sizes: T, B, input, hidden, window. log-space QRNN: its candidate is a sigmoid, window 1.
+    """
+
+    def __init__(self, way, sizes, checkout, args):
+        settle(args, way.startswith("QRNN"))
+        self.way, self.amp = way, "bf16" if way.endswith("bf16") else "off"
+        steps, batch, inputs, features, window = sizes
+        torch.manual_seed(0)
+        self.ours = QRNNLayer(inputs, features, window=window)
+        self.x = torch.randn(steps, batch, inputs, requires_grad=True)
+        self.slope = torch.randn(steps, batch, features)
+        self.layer = self.ours
+        if way == "nn.LSTM":
+            self.layer = nn.LSTM(inputs, features)
+        elif way == "pytorch-qrnn":
+            self.layer = qrnn_seed(checkout)[1].QRNNLayer(inputs, features, window=window, use_cuda=False)
+            self.layer.load_state_dict(self.ours.state_dict())
+        elif way == "log-space QRNN":  # f keeps the past there; its candidate is a sigmoid
+            self.ours = QRNNLayer(inputs, features, candidate="sigmoid")
+            self.layer = log_seed(checkout).QRNNLayer(inputs, features, 1, "fo")
+            own = [part.detach().chunk(3) for part in (self.ours.linear.weight, self.ours.linear.bias)]
+            convs = ((self.layer.z_conv, 1), (self.layer.f_conv, -1), (self.layer.o_conv, 1))
+            with torch.no_grad():
+                for (conv, sign), weight, bias in zip(convs, *own, strict=True):
+                    conv.weight.copy_(sign * weight[..., None])
+                    conv.bias.copy_(sign * bias)
+
+    def call(self, x):
+        """The layer's output (T, B, hidden)."""
+        if self.way == "log-space QRNN":
+            return self.layer(x.transpose(0, 1)).transpose(0, 1)
+        with runtime.autocast(x.device, self.amp):
+            return self.layer(x)[0]
+
+    def difference(self):
+        """Relative difference of the output from our layer with the same weights in float64; 0 of an LSTM."""
+        if self.way == "nn.LSTM":
+            return 0.0
+        with torch.no_grad():
+            want = copy.deepcopy(self.ours).double()(self.x.double())[0]
+            return ((self.call(self.x) - want).norm() / want.norm()).item()
+
+    def step(self):
+        """Milliseconds, forward and backward."""
+        self.x.grad = None
+        self.layer.zero_grad()
+        return timing.once(lambda: self.call(self.x).backward(self.slope))
+
+    def inference(self):
+        """Milliseconds without gradients."""
+        with torch.no_grad():
+            return timing.once(lambda: self.call(self.x))
+
+    def products(self):
+        """Milliseconds of its matrix products alone."""
+        return timing.products_alone(timing.count(self.step).products)[0]
