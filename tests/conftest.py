@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train_rnn
+from models import compiled
 from utils import cli
 
 ROOT = Path(__file__).parent.parent
@@ -120,3 +121,27 @@ def script(tmp_path):
         )
 
     return run
+
+
+class InProcess:
+    """Stands for benchmark.py's Worker where a process of its own would prove nothing."""
+
+    def __init__(self, *candidate, kind):
+        self.candidate = kind(*candidate)
+
+    def __call__(self, method, *arguments):
+        return getattr(self.candidate, method)(*arguments)
+
+    def end(self):
+        pass
+
+
+@pytest.fixture
+def settings():
+    """Puts threads, denormals, products and kernels back."""
+    threads, kept = torch.get_num_threads(), bool((torch.tensor([1e-40]) * 1).item())
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    compiled.use(True)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(not kept)

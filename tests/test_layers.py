@@ -1,12 +1,14 @@
 """What benchmark.py measures of recurrences and layers; peers are stood in for by files of the same names."""
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, InProcess
 
 import benchmark
 from models.forget_mult import BACKENDS
-from utils import UserError, layers, report, tables
+from utils import UserError, layers, report, tables, workers
 
 FORGET_MULT = """
 import torch
@@ -63,6 +65,9 @@ class QRNNLayer(nn.Module):
 """
 
 
+pytestmark = pytest.mark.usefixtures("settings")
+
+
 @pytest.fixture
 def seeds(tmp_path, monkeypatch):
     """Checkouts of both seeds with the same arithmetic written anew; small sizes."""
@@ -113,6 +118,7 @@ def test_layers_tables(seeds, tmp_path, capsys, monkeypatch):
     results = tmp_path / "results"
     results.mkdir()
     monkeypatch.setattr(benchmark, "BACKENDS", ("reference", "cpu"))
+    monkeypatch.setattr(benchmark, "Worker", InProcess)
     text = (seeds / "qrnn_layer.py").read_text(encoding="utf-8")
     (seeds / "qrnn_layer.py").write_text(text.replace("(1 - f[:, t])", "f[:, t]"), encoding="utf-8")
     flags = ["--qrnn", str(seeds), "--log-qrnn", str(seeds), "--rounds", "2", "--warmup", "1", "--threads", "1"]
@@ -133,6 +139,7 @@ def test_figure4(monkeypatch, tmp_path, capsys):
     small = "--emsize 7 --nhid 7 --nlayers 1 --batch-size 5 --bptt 3"
     every = {name: (script, f"{flags} {small}") for name, (script, flags) in benchmark.CANDIDATES.items()}
     monkeypatch.setattr(benchmark, "CANDIDATES", every)
+    monkeypatch.setattr(benchmark, "Worker", partial(InProcess, kind=workers.Candidate))
     monkeypatch.setattr(benchmark, "GRID", {"batch": (8,), "length": (32, 5)})
     flags = ["--rounds", "2", "--warmup", "1", "--threads", "1", "--vocab-size", "31"]
     benchmark.main(["figure4", *flags, "--record", "f4", "--results", str(tmp_path)])

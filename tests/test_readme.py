@@ -6,22 +6,29 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, InProcess
 
 import benchmark
 import evaluate
 import generate
+import train_qrnn
 import train_rmc
 import train_rnn
 from data import prepare, pydocs
+from utils import workers
 
 BATCHES = ["--batch-size=20", "--bptt=11", "--threads=1"]
 SMALL = ["--emsize=17", "--nhid=17", "--nlayers=1", *BATCHES]
 SMALL_RMC = ["--emsize=17", "--headsize=5", "--numheads=3", "--keysize=2", *BATCHES]
-TRAINED = {"train_rnn.py": (train_rnn, SMALL), "train_rmc.py": (train_rmc, SMALL_RMC)}
+TRAINED = {
+    "train_rnn.py": (train_rnn, SMALL),
+    "train_rmc.py": (train_rmc, SMALL_RMC),
+    "train_qrnn.py": (train_qrnn, SMALL),
+}
 
 
 def commands():
@@ -74,12 +81,18 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
         assert "| LSTM 1x17" in (tmp_path / f"{name}.md").read_text()
         return
     small = " ".join(["", *SMALL])
-    candidates = {n: (m, flags + small) for n, (m, flags) in benchmark.CANDIDATES.items() if m == "train_rnn"}
+    candidates = {n: (m, flags + small) for n, (m, flags) in benchmark.CANDIDATES.items() if m != "train_rmc"}
     monkeypatch.setattr(benchmark, "CANDIDATES", candidates)
+    monkeypatch.setattr(benchmark, "RECURRENCES", ())
+    monkeypatch.setattr(benchmark, "LAYERS", ((5, 3, 7, 11, 1),))
+    monkeypatch.setattr(benchmark, "GRID", {"batch": (8,), "length": (32,)})
+    if argv[0] in ("layers", "figure4"):
+        monkeypatch.setattr(benchmark, "Worker", partial(InProcess, kind=workers.Candidate))
     sizes = {"speed": ["--rounds", "2", "--vocab-size", "31"], "memory": ["--vocab-size", "31"]}
     sizes |= {"evaluation": ["--tokens", "50", "--rounds", "1"], "load": ["--rounds", "1"]}
+    sizes |= {"layers": ["--rounds", "1"], "figure4": ["--rounds", "1", "--vocab-size", "31"]}
     benchmark.main([*argv, *sizes[argv[0]]])
-    rows = re.findall(r"^\| (LSTM|build|cached)", out(), re.M)
+    rows = re.findall(r"^\| (LSTM|build|cached|QRNN)", out(), re.M)
     assert len(rows) >= (1 if argv[0] == "evaluation" else 2)
 
 
@@ -98,7 +111,7 @@ def check_prepare(argv, out, source):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="written for a machine without a GPU")
-def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folder, tiny_corpus):
+def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folder, tiny_corpus, settings):
     """All blocks in one folder, top to bottom, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RECURRENT_LM_RUNS", raising=False)
@@ -132,6 +145,15 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folde
             check_benchmark(argv[1:], out, monkeypatch, tmp_path)
         run += 1
     assert run >= 15
+
+
+def test_the_python_of_the_readme():
+    """Its block runs as it is, with the package's name for models/ as `pip install .` gives it (test_package.py)."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    names = {}
+    exec(block.replace("recurrent_lm", "models"), names)
+    assert names["output"].shape == names["h"].shape == (7, 20, 256) and names["hidden"].shape == (2, 20, 256)
+    torch.testing.assert_close(names["h"], names["ForgetMult"]()(names["f"], names["x"]))
 
 
 def small_splits(folder):

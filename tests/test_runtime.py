@@ -38,17 +38,6 @@ def denormals_are_kept():
 
 
 @pytest.fixture
-def settings():
-    """Puts threads, denormals, products and kernels back."""
-    threads, kept = torch.get_num_threads(), denormals_are_kept()
-    yield
-    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-    compiled.use(True)
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(not kept)
-
-
-@pytest.fixture
 def gpu(monkeypatch):
     """A GPU as far as torch.cuda's questions go."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

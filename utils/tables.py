@@ -218,18 +218,21 @@ def figure4_picture(record, path):
     parts, grids = _figure4(record)
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    parts |= PUBLISHED_PARTS
+    names = [name.replace(", ", ",\n").replace(" (", "\n(") for name in parts]
     bottom = [0.0] * len(parts)
     for number, label in enumerate(("RNN", "softmax", "optimization")):
         heights = [taken[number] for taken in parts.values()]
-        left.bar(list(parts), heights, 0.6, bottom, label=label)
+        left.bar(names, heights, 0.6, bottom, label=label)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     left.set_ylabel("milliseconds a batch")
     left.set_title("Training step, 2 x 640, batch 20, 105 steps")
-    left.legend()
+    left.set_ylim(0, 1.2 * max(bottom))
+    left.legend(ncols=3, loc="upper center")
     grid = grids["QRNN"]
     batches, lengths = (sorted({key[number] for key in grid}) for number in (0, 1))
     right.imshow(
-        [[grid[batch, length] for length in lengths] for batch in batches], cmap="Greens", vmin=0, aspect="auto"
+        [[grid[batch, length] for length in lengths] for batch in batches], cmap="Greens", vmin=0, vmax=6, aspect="auto"
     )
     for y, batch in enumerate(batches):
         published = dict(zip((32, 64, 128, 256, 512), PUBLISHED.get(batch, ()), strict=False))
