@@ -23,6 +23,9 @@ CONFIGS = {
     "GRU loop": ("rnn", {"model": "GRU", **RNN, "loop": True}),
     "RMC paper": ("rmc", {**RMC, "memslots": 3, "numblocks": 2}),
     "RMC port": ("rmc", {**RMC, "memslots": 2, "variant": "port", "gatestyle": "memory"}),
+    "RMC one block": ("rmc", {**RMC, "memslots": 2}),
+    "QRNN": ("qrnn", {**RNN, "window": 3, "zoneout": 0.2}),
+    "QRNN ifo": ("qrnn", {**RNN, "window": 1, "mode": "ifo", "candidate": "softplus"}),
     "RMC no gates": ("rmc", {**RMC, "gatestyle": "none"}),
 }
 
@@ -45,7 +48,7 @@ def test_onnxruntime_agrees(family, core, cutoffs, tmp_path):
     model = build({"family": family, "core": core, "vocab_size": 13, "tied": False, "cutoffs": cutoffs}).eval()
     onnx_export.export(model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    step = 1 if family == "rmc" or core.get("loop") else 4
+    step = 1 if family in ("rmc", "qrnn") or core.get("loop") else 4
     for length, batch in ((5, 2), (8, 1), (5, 7)):
         tokens, state = torch.randint(13, (length, batch)), model.initial_state(batch)
         with torch.no_grad():

@@ -293,12 +293,19 @@ class InTurn(torch.nn.Module):
         return torch.cat(loss, 1), torch.cat(regularizer, 1), torch.cat(count, 1), joined
 
 
-@pytest.mark.parametrize("config", ["LSTM", "RMC", "RMC adaptive"])
+DEVICES = {
+    "LSTM": ("rnn", {"model": "LSTM", "emsize": 5, "nhid": 7, "nlayers": 2}),
+    "RMC": ("rmc", {"emsize": 5, "headsize": 3}),
+    "RMC adaptive": ("rmc", {"emsize": 5, "headsize": 3}),
+    "QRNN": ("qrnn", {"emsize": 5, "nhid": 7, "nlayers": 2, "window": 3, "mode": "ifo"}),
+}
+
+
+@pytest.mark.parametrize("config", DEVICES)
 def test_a_step_on_several_devices_equals_one_on_one(config):
     """Loss, count, gradient norm, state and updated weights; a target paired with another column's word would show."""
     torch.manual_seed(0)
-    core = {"model": "LSTM", "emsize": 5, "nhid": 7, "nlayers": 2} if config == "LSTM" else {"emsize": 5, "headsize": 3}
-    family = {"family": "rnn" if config == "LSTM" else "rmc", "core": core}
+    family = dict(zip(("family", "core"), DEVICES[config], strict=True))
     cutoffs = [3, 7] if config == "RMC adaptive" else None
     whole = build({**family, "vocab_size": 13, "tied": False, "cutoffs": cutoffs}).double()
     parts = copy.deepcopy(whole)

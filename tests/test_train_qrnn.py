@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 
-import onnxruntime
 import pytest
 import torch
 from conftest import TINY
@@ -102,29 +101,3 @@ def test_loss_summed_over_the_window():
         changes.append(model.head.weight.detach() - before)
     torch.testing.assert_close(norms[1], 13 * norms[0])
     torch.testing.assert_close(changes[1], 13 * changes[0], rtol=1e-3, atol=1e-6)
-
-
-def test_onnx_is_one_step(tiny_corpus, tmp_path, monkeypatch):
-    """The exported graph, called word by word with the state it gave, is the model."""
-    monkeypatch.chdir(tmp_path)
-    flags = ["--data", str(tiny_corpus), *TINY, "--window=3", "--epochs=1", "--onnx-export", "q.onnx"]
-    train_qrnn.main(flags)
-    model = _load("model.pt")
-    session = onnxruntime.InferenceSession("q.onnx")
-    assert session.get_inputs()[0].name == "tokens"
-    tokens, state = torch.randint(20, (6, 2)), model.initial_state(2)
-    with torch.no_grad():
-        hidden, _ = model.hidden(tokens, state)
-        want = model.log_probs(hidden)
-    carried = [part.numpy() for part in state]
-    for t in range(6):
-        feed = dict(zip((i.name for i in session.get_inputs()), [tokens[t : t + 1].numpy(), *carried], strict=True))
-        got, *carried = session.run(None, feed)
-        torch.testing.assert_close(torch.from_numpy(got[0]), want[t], rtol=1e-4, atol=1e-5)
-
-
-def _load(path):
-    saved = checkpoint.load(path)
-    model = build(saved["config"])
-    model.load_state_dict(saved["weights"])
-    return model.eval()

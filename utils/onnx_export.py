@@ -51,7 +51,7 @@ def export(model, path):
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Predictor(model),
+            _Predictor(model).eval(),  # the exporter puts all of it back into the mode that it found
             (torch.zeros(steps, 3, dtype=torch.int64), state),
             buffer,
             input_names=["tokens", *ins],
