@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
+import generate
 import train_rnn
 from models import compiled
-from utils import cli
+from utils import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,6 +123,24 @@ def script(tmp_path):
         )
 
     return run
+
+
+def live(script, common, corpus, capsys):
+    """A train script's run from start to end: the perplexity falls; a resumed run equals a whole one; the checkpoint
+    is scored and generates. common: flags, with --data corpus."""
+    whole = script.main([*common, "--name", "whole"])
+    script.main([*common, "--name", "cut", "--epochs", "1"])
+    resumed = script.main(["--resume", "cut", "--epochs", "2"])
+    assert resumed["results"] == whole["results"]
+    first, second = (epoch["valid_ppl"] for epoch in whole["history"]["epochs"])
+    assert second < first < 29
+    a, b = (checkpoint.load(f"runs/{name}/last.pt")["weights"] for name in ("whole", "cut"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    capsys.readouterr()
+    evaluate.main(["--data", str(corpus)])
+    assert f"ppl {whole['results']['test']['perplexity']:8.2f}" in capsys.readouterr().out
+    generate.main(["--words", "40", "--outf", "-"])
+    assert len(capsys.readouterr().out.split()) == 40
 
 
 class InProcess:

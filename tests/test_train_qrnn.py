@@ -4,13 +4,11 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, live
 
-import evaluate
-import generate
 import train_qrnn
 from models import build
-from utils import checkpoint, cli, runtime, trainer
+from utils import cli, runtime, trainer
 
 PAPER = {
     "emsize": 640, "nhid": 640, "nlayers": 2, "window": 2, "zoneout": 0.1, "dropout": 0.5, "mode": "fo", "tied": False,
@@ -71,19 +69,7 @@ def test_train_resume_evaluate_generate(flags, tiny_corpus, tmp_path, monkeypatc
     """The perplexity falls; a resumed run equals a whole one; the checkpoint is scored and generates."""
     monkeypatch.chdir(tmp_path)
     common = ["--data", str(tiny_corpus), *TINY, "--recipe=fast", *flags, "--schedule=constant", "--lr", "0.01"]
-    whole = train_qrnn.main([*common, "--name", "whole"])
-    train_qrnn.main([*common, "--name", "cut", "--epochs", "1"])
-    resumed = train_qrnn.main(["--resume", "cut", "--epochs", "2"])
-    assert resumed["results"] == whole["results"]
-    first, second = (epoch["valid_ppl"] for epoch in whole["history"]["epochs"])
-    assert second < first < 29
-    a, b = (checkpoint.load(f"runs/{name}/last.pt")["weights"] for name in ("whole", "cut"))
-    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-    capsys.readouterr()
-    evaluate.main(["--data", str(tiny_corpus)])
-    assert f"{whole['results']['test']['perplexity']:8.2f}" in capsys.readouterr().out
-    generate.main(["--words", "12", "--outf", "-"])
-    assert len(capsys.readouterr().out.split()) >= 12
+    live(train_qrnn, common, tiny_corpus, capsys)
 
 
 def test_loss_summed_over_the_window():

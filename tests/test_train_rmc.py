@@ -1,14 +1,11 @@
 """train_rmc.py: the port's command lines, every flag, a run of both forms with resume, the adaptive softmax."""
 
 import pytest
-import torch
-from conftest import TINY
+from conftest import TINY, live
 
-import evaluate
-import generate
 import train_rmc
 from models import build
-from utils import checkpoint, cli
+from utils import cli
 
 SMALL = [flag for flag in TINY if "nhid" not in flag] + ["--headsize=5", "--numheads=3", "--keysize=2"]
 PORT = {
@@ -69,19 +66,7 @@ def test_train_resume_evaluate_generate(flags, tiny_corpus, tmp_path, monkeypatc
     """The perplexity falls; a resumed run equals a whole one; the checkpoint is scored and generates."""
     monkeypatch.chdir(tmp_path)
     common = ["--data", str(tiny_corpus), *SMALL, *flags, "--lr", "0.01"]
-    whole = train_rmc.main([*common, "--name", "whole"])
-    train_rmc.main([*common, "--name", "cut", "--epochs", "1"])
-    resumed = train_rmc.main(["--resume", "cut", "--epochs", "2"])
-    assert resumed["results"] == whole["results"]
-    first, second = (epoch["valid_ppl"] for epoch in whole["history"]["epochs"])
-    assert second < first < 29
-    a, b = (checkpoint.load(f"runs/{name}/last.pt")["weights"] for name in ("whole", "cut"))
-    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-    capsys.readouterr()
-    evaluate.main([])
-    assert f"ppl {whole['results']['test']['perplexity']:8.2f}" in capsys.readouterr().out
-    generate.main(["--words", "40", "--outf", "-"])
-    assert len(capsys.readouterr().out.split()) == 40
+    live(train_rmc, common, tiny_corpus, capsys)
 
 
 def test_cutoffs_are_derived_and_said(tiny_corpus, capsys):

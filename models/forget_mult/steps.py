@@ -5,19 +5,6 @@ import torch
 from .reference import wide
 
 
-def forward(gate, x, initial, mix, reverse):
-    """See the package's docstring."""
-    gate, values = gate.to(wide(x)), x.to(wide(x))
-    if mix:
-        gate, values = 1 - gate, gate * values
-    return solve(gate, values, initial, reverse).to(x.dtype)
-
-
-def backward(slope, gate, x, h, initial, mix, reverse):
-    """See the package's docstring."""
-    return adjoint(solve, slope, gate, x, h, initial, mix, reverse)
-
-
 def solve(a, b, initial, reverse):
     """h_t = a_t h_{t-1} + b_t, a and b (T, B, H) in float32 or wider, initial (B, H)."""
     h, last = torch.empty_like(b), initial.to(b.dtype)
@@ -26,8 +13,16 @@ def solve(a, b, initial, reverse):
     return h
 
 
-def adjoint(solve, slope, gate, x, h, initial, mix, reverse):
-    """Gradients by the same recurrence the other way: total_t = slope_t + a_{t+1} total_{t+1}."""
+def forward(gate, x, initial, mix, reverse, solve=solve):
+    """See the package's docstring. solve: what computes the recurrence of two gates."""
+    gate, values = gate.to(wide(x)), x.to(wide(x))
+    if mix:
+        gate, values = 1 - gate, gate * values
+    return solve(gate, values, initial, reverse).to(x.dtype)
+
+
+def backward(slope, gate, x, h, initial, mix, reverse, solve=solve):
+    """See the package's docstring. By the same recurrence the other way: total_t = slope_t + a_{t+1} total_{t+1}."""
     gate, x_wide, h = (part.to(wide(x)) for part in (gate, x, h))
     a = 1 - gate if mix else gate
     parts = [a[-1:], a[:-1]] if reverse else [a[1:], a[:1]]  # the one in the wrong place meets the initial 0
