@@ -107,9 +107,10 @@ def once(call):
 def median_time(call, seconds):
     """Milliseconds of a call, the median of as many as fit into `seconds`, three at least."""
     call()
-    taken = []
-    while len(taken) < 3 or sum(taken) < 1000 * seconds:
+    taken, spent = [], 0.0
+    while len(taken) < 3 or spent < 1000 * seconds:
         taken.append(once(call))
+        spent += taken[-1]
     return statistics.median(taken)
 
 
