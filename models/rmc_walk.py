@@ -100,13 +100,8 @@ class _Walk(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_memories):
         x_qkv, memory, memories, *parameters = ctx.saved_tensors
-        norms, pairs, kept, sizes, dtype = (
-            parameters[:6],
-            _pairs(parameters[6:], ctx.sizes),
-            ctx.kept,
-            ctx.sizes,
-            ctx.dtype,
-        )
+        kept, sizes, dtype = ctx.kept, ctx.sizes, ctx.dtype
+        norms, pairs = parameters[:6], _pairs(parameters[6:], sizes)
         d_memories = d_memories.contiguous()
         project, *mlp, gate = (prepare(weight.to(dtype).t()) for weight, _ in pairs)
         relus = _relus(sizes)
@@ -139,10 +134,10 @@ class _Walk(torch.autograd.Function):
             )  # fmt: skip
             d_through = project(d_raw[t])
         d_hidden = [torch.stack(each[::-1]) for each in d_hidden]
-        inputs = [kept.inputs, *(torch.stack(each) for each in kept.hidden[:-1])]
+        hidden = [kept.inputs, *(torch.stack(each) for each in kept.hidden[:-1])]
         slopes = [d_raw, *d_hidden, d_gates]
-        inputs = [kept.narrow[:-1], *inputs[: len(mlp)], kept.narrow_tanh[:-1]]
-        d_products = _gradients(slopes, inputs, sizes, len(parameters) - 6)
+        inputs = [kept.narrow[:-1], *hidden[: len(mlp)], kept.narrow_tanh[:-1]]
+        d_products = _gradients(slopes, inputs, sizes)
         d_memory = d_before + d_through
         return d_x, d_x_qkv, d_x_gates, d_memory, None, None, *(each.sum(0) for each in d_norms), *d_products
 
@@ -158,7 +153,7 @@ def _pairs(products, sizes):
     return [first, *(mlp * sizes.attmlplayers if sizes.joint else mlp), last]
 
 
-def _gradients(slopes, inputs, sizes, count):
+def _gradients(slopes, inputs, sizes):
     """Of every weight and bias: one product over all steps for each, (T, B, rows, n) and (T, B, rows, k)."""
     pairs = []
     for slope, rows in zip(slopes, inputs, strict=True):
