@@ -14,6 +14,7 @@ RECIPES = {
         "zoneout": 0.1,
         "dropout": 0.5,
         "tied": False,
+        "init": "lecun",  # Chainer's, in which the paper's model was written; from torch's the loss stalls
         "optimizer": "sgd",
         "lr": 1.0,
         "average": "columns",

@@ -23,20 +23,39 @@ def check_cutoffs(cutoffs, vocab_size):
         )
 
 
+def lecun_(model):
+    """Start a LanguageModel as Chainer does (LeCun et al. 1998): matrices (N, K) normal with variance 1 / K, biases 0.
+
+    The embedding's variance is 1, unless it is the head's matrix too. What normalizes, and gates' constants, stay.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            elif name.startswith("bias") and not isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(parameter)
+    if not model.tied:
+        nn.init.normal_(model.embedding.weight)
+
+
+INITS = {"uniform": lambda model: None, "lecun": lecun_}
+"""How weights start: uniform in the ranges that torch and word_language_model choose, as they are made, or lecun_."""
+
+
 class LanguageModel(nn.Module):
     """p(w_1 ... w_T) by a recurrent core over embedded words.
 
     vocab_size: V. core: a module with input_size, output_size, initial_state(B) and
     (x (T, B, E), state) -> (output (T, B, H), state), state a tuple of tensors with B at dim 1.
     tied: head and embedding share one matrix. dropouti: on the embedded words. dropout: on the core's output.
-    cutoffs: of an adaptive softmax, which has weights of its own; None for the full one.
-    Embedding and full head start uniform in +-0.1, as in word_language_model.
+    cutoffs: of an adaptive softmax, which has weights of its own; None for the full one. init: a name of INITS; under
+    uniform, embedding and full head start in +-0.1, as in word_language_model.
 
     Raises ModelError when tied and the core's input and output sizes differ, or the softmax is adaptive; for cutoffs
     that do not increase from above 0 to below V.
     """
 
-    def __init__(self, vocab_size, core, tied, dropouti=0.0, dropout=0.0, cutoffs=None):
+    def __init__(self, vocab_size, core, tied, dropouti=0.0, dropout=0.0, cutoffs=None, init="uniform"):
         super().__init__()
         if cutoffs is not None:
             check_cutoffs(cutoffs, vocab_size)
@@ -54,7 +73,8 @@ class LanguageModel(nn.Module):
             self.head = FullSoftmax(core.output_size, vocab_size, self.embedding.weight if tied else None)
         else:
             self.head = AdaptiveSoftmax(core.output_size, vocab_size, cutoffs)
-        self.vocab_size, self.dropouti, self.dropout = vocab_size, dropouti, dropout
+        self.vocab_size, self.tied, self.dropouti, self.dropout = vocab_size, tied, dropouti, dropout
+        INITS[init](self)
 
     def initial_state(self, batch_size):
         """The state before the first word, as the core defines it."""

@@ -246,3 +246,30 @@ def test_matrices_start_uniform_and_the_bias_at_zero(tied):
         assert -0.099 > matrix.min() >= -0.1
         assert abs(matrix.mean()) < 0.005
     assert not model.head.bias.any()
+
+
+@ties
+def test_lecun_start(tied):
+    """Matrices of variance 1 / inputs, biases 0, an embedding that is not the head's of variance 1."""
+    torch.manual_seed(5)
+    model = build(configuration("LSTM", tied, emsize=97, nhid=101, vocab_size=503, init="lecun"))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert not parameter.any(), name
+        else:
+            std = 1.0 if name == "embedding.weight" and not tied else parameter.shape[1] ** -0.5
+            assert abs(parameter.std().item() / std - 1) < 0.02, name
+            assert abs(parameter.mean().item()) < 0.02 * std, name
+
+
+def test_lecun_start_leaves_what_normalizes_and_gate_constants():
+    """Of the RMC: layer norms and gate biases are what they are without it."""
+    core = {"emsize": 13, "memslots": 2, "headsize": 5, "numheads": 3}
+    models = [
+        build({"family": "rmc", "core": core, "vocab_size": 19, "tied": False, "init": init})
+        for init in ("uniform", "lecun")
+    ]
+    states = [model.state_dict() for model in models]
+    same = [name for name, value in states[0].items() if torch.equal(value, states[1][name])]
+    assert any("norm" in name for name in same) and not any("norm" in name for name in set(states[0]) - set(same))
+    assert "embedding.weight" not in same and "head.weight" not in same

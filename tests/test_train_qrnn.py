@@ -12,8 +12,9 @@ from utils import cli, runtime, trainer
 
 PAPER = {
     "emsize": 640, "nhid": 640, "nlayers": 2, "window": 2, "zoneout": 0.1, "dropout": 0.5, "mode": "fo", "tied": False,
-    "optimizer": "sgd", "lr": 1.0, "average": "columns", "clip": 10.0, "wdecay": 2e-4, "batch_size": 20, "bptt": 105,
-    "epochs": 72, "schedule": "step", "decay": 0.95, "decay_from": 6, "candidate": "tanh", "backend": None,
+    "init": "lecun", "optimizer": "sgd", "lr": 1.0, "average": "columns", "clip": 10.0, "wdecay": 2e-4,
+    "batch_size": 20, "bptt": 105, "epochs": 72, "schedule": "step", "decay": 0.95, "decay_from": 6,
+    "candidate": "tanh", "backend": None,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from data import Corpus, CorpusError, find_corpus
 from models import ModelError
-from models.language_model import check_cutoffs
+from models.language_model import INITS, check_cutoffs
 from models.softmax import default_cutoffs
 
 from . import TrainingError, UserError, checkpoint, optim, report
@@ -158,6 +158,12 @@ def add_training(parser):
     group.add_argument("--plateau-threshold", type=number(float, 0, 0.999), default=1e-4, help="smallest relative gain")
     group.add_argument("--decay", type=number(float, 0, 1, True), default=1.0, help="rate times this each epoch ...")
     group.add_argument("--decay-from", type=number(int, 1), default=1, metavar="EPOCH", help="... after this one")
+    group.add_argument(
+        "--init",
+        choices=tuple(INITS),
+        default="uniform",
+        help="how weights start: as torch and word_language_model have them, or normal with variance 1 / inputs",
+    )
     group.add_argument("--seed", type=seed_number, default=1111, help="random seed, fixes everything")
 
 
@@ -302,6 +308,7 @@ def model_config(args, vocab_size, family, core, dropouti):
         "cutoffs": args.cutoffs,
         "dropouti": dropouti,
         "dropout": args.dropout,
+        "init": args.init,
     }
 
 

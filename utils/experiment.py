@@ -15,7 +15,7 @@ from .report import RunFolder
 from .trainer import Trainer
 
 DECISIVE = ("optimizer", "lr", "momentum", "schedule", "clip", "wdecay", "epochs", "batch_size", "bptt", "dropout")
-DECISIVE += ("tied", "seed", "vocab", "vocab_size", "eval_batch", "amp")
+DECISIVE += ("tied", "init", "seed", "vocab", "vocab_size", "eval_batch", "amp")
 
 
 def train(family, parser, recipes, model_config, argv=None):
