@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import re
+import signal
 import sys
 from argparse import BooleanOptionalAction
 
@@ -331,6 +332,7 @@ def run(main):
     prog = os.path.basename(sys.argv[0])
     try:
         main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written: a late Ctrl-C would only show torch's clean-up
     except (UserError, CorpusError, ModelError) as error:
         sys.exit(_fail(prog, error, 2))
     except TrainingError as error:
