@@ -22,20 +22,36 @@ def columns(ids, batch_size):
     return torch.from_numpy(np.ascontiguousarray(ids[: length * batch_size].reshape(batch_size, length).T, np.int64))
 
 
-def windows(stream, bptt, start=0):
-    """Yield (tokens, targets), each (T, B), of consecutive windows of `bptt` steps, the last one shorter.
+def window_lengths(steps, bptt):
+    """How `steps` steps are cut into windows of `bptt`: their lengths, the last one shorter."""
+    return [min(bptt, steps - begin) for begin in range(0, steps, bptt)]
 
-    stream: (N, B), as `columns` gives it. start: the index of the first window. Targets are the tokens one step later.
+
+def variable_lengths(steps, bptt, seed, longest=None):
+    """How `steps` steps are cut into windows whose borders are elsewhere in every epoch (Merity et al. 2018, 4.1).
+
+    A length is normal with standard deviation 5 around bptt, in 1 of 20 cases around bptt / 2; at least 5 and at most
+    `longest`, if given; the last window is what is left. seed: what numpy.random.default_rng takes; it fixes them all.
     """
-    steps = len(stream) - 1
-    for begin in range(start * bptt, steps, bptt):
-        end = min(begin + bptt, steps)
+    rng, lengths = np.random.default_rng(seed), []
+    while steps:
+        middle = bptt if rng.random() < 0.95 else bptt / 2
+        length = max(5, int(rng.normal(middle, 5)))
+        lengths.append(min(length, longest or length, steps))
+        steps -= lengths[-1]
+    return lengths
+
+
+def windows(stream, lengths, start=0):
+    """Yield (tokens, targets), each (T, B), of consecutive windows; targets are the tokens one step later.
+
+    stream: (N, B), as `columns` gives it. lengths: T of each window. start: the index of the first one to yield.
+    """
+    begin = sum(lengths[:start])
+    for length in lengths[start:]:
+        end = begin + length
         yield stream[begin:end], stream[begin + 1 : end + 1]
-
-
-def num_windows(stream, bptt):
-    """How many windows `windows` yields."""
-    return -(-(len(stream) - 1) // bptt)
+        begin = end
 
 
 def scored_columns(ids, batch_size, warmup, ignore):

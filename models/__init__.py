@@ -3,16 +3,17 @@
 Axes in every docstring: T time, B batch, E embedding, H hidden, V vocabulary. Time first, batch second, states too.
 """
 
+from .awd import AWD
 from .forget_mult import BackwardForgetMult, ForgetMult, forget_mult, recurrence
 from .language_model import LanguageModel, ModelError
 from .qrnn import QRNN, QRNNCore, QRNNLayer
 from .rmc import RMC, RelationalMemory
 from .rnn import RNN
 
-CORES = {"rmc": RMC, "rnn": RNN, "qrnn": QRNNCore}
+CORES = {"rmc": RMC, "rnn": RNN, "qrnn": QRNNCore, "awd": AWD}
 
 __all__ = [
-    "CORES", "QRNN", "RMC", "RNN", "BackwardForgetMult", "ForgetMult", "LanguageModel", "ModelError", "QRNNCore",
+    "AWD", "CORES", "QRNN", "RMC", "RNN", "BackwardForgetMult", "ForgetMult", "LanguageModel", "ModelError", "QRNNCore",
     "QRNNLayer", "RelationalMemory", "build", "forget_mult", "recurrence",
 ]  # fmt: skip
 

@@ -2,10 +2,12 @@
 
 import itertools
 
+import torch
 from torch import nn
 from torch.nn import functional
 
-from .softmax import IGNORE, AdaptiveSoftmax, FullSoftmax
+from .dropout import embedding_dropout, locked_dropout
+from .softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, SplitSoftmax
 
 
 class ModelError(Exception):
@@ -42,24 +44,50 @@ INITS = {"uniform": lambda model: None, "lecun": lecun_}
 """How weights start: uniform in the ranges that torch and word_language_model choose, as they are made, or lecun_."""
 
 
+NORMS = {"mean": lambda x: x.pow(2).mean(), "l2": lambda x: torch.linalg.vector_norm(x, dim=-1).mean()}
+"""What AR and TAR measure of (T, B, H): the mean of squares of the authors' code, the paper's norm in the mean."""
+
+
 class LanguageModel(nn.Module):
     """p(w_1 ... w_T) by a recurrent core over embedded words.
 
     vocab_size: V. core: a module with input_size, output_size, initial_state(B) and
     (x (T, B, E), state) -> (output (T, B, H), state), state a tuple of tensors with B at dim 1.
     tied: head and embedding share one matrix. dropouti: on the embedded words. dropout: on the core's output.
-    cutoffs: of an adaptive softmax, which has weights of its own; None for the full one. init: a name of INITS; under
-    uniform, embedding and full head start in +-0.1, as in word_language_model.
+    cutoffs: of an adaptive softmax, which has weights of its own, or with splitcross of one that has those of the full
+    one; None for the full one. init: a name of INITS; under uniform, embedding and full head start in +-0.1, as in
+    word_language_model.
+
+    Of Merity et al. 2018: dropoute, of words of the embedding (section 4.3); locked, a mask for all steps in the place
+    of dropouti's and dropout's (4.2); alpha, beta: activation and temporal activation regularization of the core's
+    output (4.6), alpha * norm(dropped h_t) + beta * norm(h_{t+1} - h_t) with ar_norm: "mean", the mean of squares over
+    steps, columns and units, as the authors' code has it, or "l2", the paper's norm over units, in the mean over the
+    others.
 
     Raises ModelError when tied and the core's input and output sizes differ, or the softmax is adaptive; for cutoffs
     that do not increase from above 0 to below V.
     """
 
-    def __init__(self, vocab_size, core, tied, dropouti=0.0, dropout=0.0, cutoffs=None, init="uniform"):
+    def __init__(
+        self,
+        vocab_size,
+        core,
+        tied,
+        dropouti=0.0,
+        dropout=0.0,
+        cutoffs=None,
+        init="uniform",
+        splitcross=False,
+        dropoute=0.0,
+        locked=False,
+        alpha=0.0,
+        beta=0.0,
+        ar_norm="mean",
+    ):
         super().__init__()
         if cutoffs is not None:
             check_cutoffs(cutoffs, vocab_size)
-            if tied:
+            if tied and not splitcross:
                 raise ModelError("an adaptive softmax has weights of its own: give --no-tied beside --adaptivesoftmax")
         if tied and core.input_size != core.output_size:
             raise ModelError(
@@ -69,11 +97,15 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, core.input_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         self.core = core
+        shared = self.embedding.weight if tied else None
         if cutoffs is None:
-            self.head = FullSoftmax(core.output_size, vocab_size, self.embedding.weight if tied else None)
+            self.head = FullSoftmax(core.output_size, vocab_size, shared)
+        elif splitcross:
+            self.head = SplitSoftmax(core.output_size, vocab_size, cutoffs, shared)
         else:
             self.head = AdaptiveSoftmax(core.output_size, vocab_size, cutoffs)
         self.vocab_size, self.tied, self.dropouti, self.dropout = vocab_size, tied, dropouti, dropout
+        self.dropoute, self.locked, self.alpha, self.beta, self.ar_norm = dropoute, locked, alpha, beta, ar_norm
         INITS[init](self)
 
     def initial_state(self, batch_size):
@@ -82,8 +114,12 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens, state):
         """tokens (T, B), state -> the core's output before dropout (T, B, H), state after the last token."""
-        x = functional.dropout(self.embedding(tokens), self.dropouti, self.training)
-        return self.core(x, state)
+        x = embedding_dropout(self.embedding, tokens, self.dropoute, self.training)
+        return self.core(self.drop(x, self.dropouti), state)
+
+    def drop(self, x, p):
+        """Dropout of x (T, B, features) in training, with a fresh mask for every step unless it is locked."""
+        return (locked_dropout if self.locked else functional.dropout)(x, p, self.training)
 
     def log_probs(self, hidden):
         """(T, B, H) -> (T, B, V): natural logarithm of the probability of each next word."""
@@ -97,9 +133,19 @@ class LanguageModel(nn.Module):
         targets, each (1, 1) so that DataParallel can gather them along dim 1, and the state after the last token.
         """
         hidden, state = self.hidden(tokens, state)
-        loss = self.head.loss(functional.dropout(hidden, self.dropout, self.training), targets)
+        dropped = self.drop(hidden, self.dropout)
+        loss = self.head.loss(dropped, targets)
         count = (targets != IGNORE).sum()
-        return loss.view(1, 1), loss.new_zeros(1, 1), count.view(1, 1), state
+        return loss.view(1, 1), self.regularizer(hidden, dropped).to(loss.dtype).view(1, 1), count.view(1, 1), state
+
+    def regularizer(self, hidden, dropped):
+        """AR of the dropped and TAR of the whole output (T, B, H); 0-d, 0 without them or outside training."""
+        norm, total = NORMS[self.ar_norm], hidden.new_zeros(())
+        if self.training and self.alpha:
+            total = total + self.alpha * norm(dropped)
+        if self.training and self.beta and len(hidden) > 1:
+            total = total + self.beta * norm(hidden[1:] - hidden[:-1])
+        return total
 
     def num_params(self):
         """Parameters that are trained, a tied matrix counted once."""

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from .forget_mult import BACKENDS
 from .forget_mult.pooling import CANDIDATES, MODES, pool
+from .stack import Stack
 
 
 class QRNNLayer(nn.Module):
@@ -63,6 +64,7 @@ class QRNNLayer(nn.Module):
         self.input_size, self.hidden_size = input_size, hidden_size or input_size
         self.save_prev_x, self.zoneout, self.window, self.use_cuda = save_prev_x, zoneout, window, use_cuda
         self.mode, self.candidate, self.backend, self.reverse = mode, candidate, backend, reverse
+        self.states = 2 if window > 1 else 1
         self.linear = nn.Linear(window * input_size, MODES[mode] * self.hidden_size, bias)
         self.reset()
 
@@ -81,12 +83,33 @@ class QRNNLayer(nn.Module):
             self.prevX = previous.detach()
         return output, last[None]
 
-    def walk(self, x, c=None, previous=None, there=None):
+    @property
+    def dropped(self):
+        """The weights that weight drop is for."""
+        return self.linear.weight
+
+    def initial_state(self, batch_size):
+        """Zeros, what `carry` starts from: c (1, B, H) and, for windows above 1, inputs (window - 1, B, input_size)."""
+        zeros = self.linear.weight.new_zeros
+        c = zeros(1, batch_size, self.hidden_size)
+        return (c, zeros(self.window - 1, batch_size, self.input_size)) if self.window > 1 else (c,)
+
+    def carry(self, x, state, weight=None):
+        """x (T, B, input_size), state as initial_state has it -> h (T, B, H), state after the last step in its dtype.
+
+        weight: in the place of linear.weight.
+        """
+        previous = state[1].to(x.dtype) if self.window > 1 else None
+        output, c, previous = self.walk(x, state[0][0], previous, weight=weight)
+        after = (c[None], previous) if self.window > 1 else (c[None],)
+        return output, tuple(new.to(old.dtype) for new, old in zip(after, state, strict=True))
+
+    def walk(self, x, c=None, previous=None, there=None, weight=None):
         """The layer with its whole state as argument and result.
 
         x (T, B, input_size); c (B, H) before the first step, 0 if None; previous (window - 1, B, input_size): the
         inputs before it in the order of time, 0 if None (with reverse: after the last step). there (T, B), bool: False
-        where a sequence has ended; c stays what it is there.
+        where a sequence has ended; c stays what it is there. weight: in the place of linear.weight.
         Returns h (T, B, H), c (B, H) after the last step, and previous for what follows.
         """
         steps, batch, _ = x.shape
@@ -95,7 +118,7 @@ class QRNNLayer(nn.Module):
         padded = torch.cat([x, previous] if self.reverse else [previous, x]) if self.window > 1 else x
         starts = range(self.window) if self.reverse else range(self.window - 1, -1, -1)
         source = torch.cat([padded[start : start + steps] for start in starts], 2) if self.window > 1 else x
-        gates = self.linear(source)
+        gates = functional.linear(source, self.linear.weight if weight is None else weight, self.linear.bias)
         if c is None:
             c = x.new_zeros(batch, self.hidden_size, dtype=torch.promote_types(x.dtype, torch.float32))
         update, keep = None, 1.0
@@ -225,19 +248,18 @@ class QRNN(nn.Module):
         return x, torch.cat(lasts)
 
 
-class QRNNCore(nn.Module):
+class QRNNCore(Stack):
     """The core of the QRNN language model: a stack of QRNNLayers whose state goes in and comes out.
 
     emsize: E. nhid: H of every layer. nlayers. window, zoneout, mode, candidate, backend: of every layer.
-    dropout: between the layers. State: c of each layer (1, B, H), then, for windows above 1, the last inputs of each
-    layer (window - 1, B, features).
+    dropout: between the layers. State, layer after layer: c (1, B, H) and, for windows above 1, the last inputs
+    (window - 1, B, features).
     """
 
     def __init__(
         self, emsize, nhid, nlayers, window=2, zoneout=0.0, mode="fo", dropout=0.0, candidate="tanh", backend=None
     ):
-        super().__init__()
-        self.layers = nn.ModuleList(
+        super().__init__(
             QRNNLayer(
                 nhid if number else emsize,
                 nhid,
@@ -252,23 +274,5 @@ class QRNNCore(nn.Module):
         self.input_size, self.output_size, self.dropout = emsize, nhid, dropout
         self.loop = True
 
-    def initial_state(self, batch_size):
-        """Zeros: c (1, B, H) of each layer, then its inputs before the first step (window - 1, B, features) of each."""
-        weight = self.layers[0].linear.weight
-        cs = tuple(weight.new_zeros(1, batch_size, layer.hidden_size) for layer in self.layers)
-        windows = ((layer.window - 1, batch_size, layer.input_size) for layer in self.layers if layer.window > 1)
-        return cs + tuple(weight.new_zeros(shape) for shape in windows)
-
-    def forward(self, x, state):
-        """x (T, B, E), state -> output (T, B, H), state after the last step in its dtype."""
-        inputs = iter(state[len(self.layers) :])
-        cs, windows = [], []
-        for number, (layer, c) in enumerate(zip(self.layers, state, strict=False)):
-            previous = next(inputs).to(x.dtype) if layer.window > 1 else None
-            x, c, previous = layer.walk(x, c[0], previous)
-            cs.append(c[None].to(state[0].dtype))
-            if layer.window > 1:
-                windows.append(previous.to(state[0].dtype))
-            if number + 1 < len(self.layers):
-                x = functional.dropout(x, self.dropout, self.training)
-        return x, (*cs, *windows)
+    def between(self, x):
+        return functional.dropout(x, self.dropout, self.training)

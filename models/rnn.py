@@ -55,6 +55,10 @@ KINDS = {
 }
 
 
+LIBRARY = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
+"""The library's kernels, which take weights as arguments."""
+
+
 class RNN(nn.Module):
     """A stack of recurrent layers: core(x, state) -> output, state.
 
@@ -68,7 +72,7 @@ class RNN(nn.Module):
 
     def __init__(self, model, emsize, nhid, nlayers, dropout=0.0, loop=False):
         super().__init__()
-        library, arguments, self.cell = KINDS[model]
+        library, arguments, _ = KINDS[model]
         between = dropout if nlayers > 1 else 0.0
         self.rnn = library(emsize, nhid, nlayers, dropout=between, **arguments)
         self.model, self.input_size, self.output_size, self.loop = model, emsize, nhid, loop
@@ -81,45 +85,61 @@ class RNN(nn.Module):
 
     def forward(self, x, state):
         """x (T, B, E), state as initial_state gives it -> output (T, B, H), state after the last step in its dtype."""
-        if self.loop:
-            output, new_state = self._stack(x, state, self._walk)
-        elif self.model == "LSTM" and self.output_size >= OWN_LSTM and _narrow_training(x):
-            output, new_state = self._stack(x, state, _lstm)
+        if self.loop or own_lstm(self.model, x, self.output_size):
+            output, new_state = self._stack(x, state)
         elif self.model == "LSTM":
             output, new_state = self.rnn(x, state)
         else:
             output, *new_state = self.rnn(x, *state)
         return output, tuple(new.to(old.dtype) for new, old in zip(new_state, state, strict=True))
 
-    def _stack(self, x, state, layer):
-        """The layers in turn: layer(x, (w_ih, w_hh, b_ih, b_hh), state (B, H)...) -> output, state."""
+    def _stack(self, x, state):
         finals = []
         for number in range(self.rnn.num_layers):
-            weights = [
-                getattr(self.rnn, f"{name}_l{number}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            ]
-            x, final = layer(x, weights, tuple(part[number] for part in state))
+            weights = layer_weights(self.rnn, number)
+            own = tuple(part[number : number + 1] for part in state)
+            x, final = run_layer(self.model, x, weights, own, self.loop)
             if number + 1 < self.rnn.num_layers:
                 x = functional.dropout(x, self.rnn.dropout, self.training)
             finals.append(final)
-        return x, [torch.stack(parts) for parts in zip(*finals, strict=True)]
-
-    def _walk(self, x, weights, state):
-        w_ih, w_hh, b_ih, b_hh = weights
-        gates = functional.linear(x, w_ih, b_ih).to(state[0].dtype)  # the recurrence is never narrower
-        product, outputs = step_linear(w_hh, b_hh), []
-        for x_gates in gates.unbind(0):
-            state = self.cell(x_gates, state, product)
-            outputs.append(state[0])
-        return torch.stack(outputs), state
+        return x, [torch.cat(parts) for parts in zip(*finals, strict=True)]
 
 
-def _narrow_training(x):
-    """Whether this is a training step in bfloat16 on a CPU that the compiled kernels can take."""
-    return compiled.usable(x) and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+def layer_weights(module, number=0):
+    """W_ih, W_hh, b_ih, b_hh of a layer of nn.LSTM, nn.GRU or nn.RNN."""
+    return [getattr(module, f"{name}_l{number}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
 
 
-def _lstm(x, weights, state):
+def own_lstm(model, x, size):
+    """Whether models/lstm.py trains this layer faster than the library: x (T, B, E), `size` hidden units."""
+    if model != "LSTM" or size < OWN_LSTM or not compiled.usable(x):
+        return False
+    return torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
+def run_layer(model, x, weights, state, loop=False):
+    """One layer of `model`, a name of KINDS, with weights that are arguments: in the loop, or the fastest way.
+
+    x (T, B, E), weights as layer_weights gives them, state (1, B, H) each -> output (T, B, H), state after the last.
+    """
     w_ih, w_hh, b_ih, b_hh = weights
-    output, *final = lstm(functional.linear(x, w_ih, b_ih + b_hh), w_hh, *state, product_dtype(w_hh))
+    if loop:
+        return _walk(KINDS[model][2], x, weights, state)
+    if own_lstm(model, x, w_hh.shape[1]):
+        x_gates = functional.linear(x, w_ih, b_ih + b_hh)
+        output, *final = lstm(x_gates, w_hh, *(part[0] for part in state), product_dtype(w_hh))
+        return output, [part[None] for part in final]
+    states = state if model == "LSTM" else state[0]
+    output, *final = LIBRARY[model](x, states, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
     return output, final
+
+
+def _walk(cell, x, weights, state):
+    w_ih, w_hh, b_ih, b_hh = weights
+    state = tuple(part[0] for part in state)
+    gates = functional.linear(x, w_ih, b_ih).to(state[0].dtype)  # the recurrence is never narrower
+    product, outputs = step_linear(w_hh, b_hh), []
+    for x_gates in gates.unbind(0):
+        state = cell(x_gates, state, product)
+        outputs.append(state[0])
+    return torch.stack(outputs), [part[None] for part in state]

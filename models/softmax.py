@@ -1,5 +1,7 @@
 """The heads: from hidden vectors to the distribution over the next word and its loss."""
 
+import itertools
+
 import numba
 import numpy as np
 import torch
@@ -178,16 +180,75 @@ class AdaptiveSoftmax(nn.Module):
 
     def loss(self, hidden, targets):
         """Sum of -log p(target), in nats, of hidden (T, B, H) and targets (T, B); targets of IGNORE count nothing."""
-        hidden, targets = hidden.flatten(0, -2), targets.flatten()
-        head_targets, loss = targets.clone(), 0.0
-        bounds = self.clusters.cutoffs
-        for number, tail in enumerate(self.clusters.tail):
-            rows = ((targets >= bounds[number]) & (targets < bounds[number + 1])).nonzero()[:, 0]
-            head_targets[rows] = self.clusters.shortlist_size + number
-            down, up = tail
-            loss = loss + cross_entropy(down(hidden[rows]), up.weight, None, targets[rows] - bounds[number])
-        head = self.clusters.head
-        return loss + cross_entropy(hidden, head.weight, head.bias, head_targets)
+        own, head = self.clusters, self.clusters.head
+        entries = [own.shortlist_size + number for number in range(len(own.tail))]
+        tails = [(down, up.weight, None) for down, up in own.tail]
+        return clustered_loss(hidden, targets, own.cutoffs, entries, (head.weight, head.bias), tails)
+
+
+class SplitSoftmax(FullSoftmax):
+    """Rare words in clusters that keep the tied matrix: SplitCrossEntropyLoss of salesforce/awd-lstm-lm.
+
+    p(w) = p_head(w) for the words below the first cutoff, p_head(tombstone of w's cluster) p_cluster(w) for the others.
+    The head is the first rows of the (V, H) matrix and a row of tail_vectors for each cluster; within a cluster the
+    softmax is over its rows of the matrix. Cluster k, from 1, has the k-th tombstone from the end, as there; tombstones
+    start at 0. weight, bias, vocab_size, input_size: as FullSoftmax; cutoffs: as AdaptiveSoftmax, ids sorted by
+    frequency (the authors' are in order of appearance).
+    """
+
+    def __init__(self, input_size, vocab_size, cutoffs, weight=None):
+        super().__init__(input_size, vocab_size, weight)
+        bounds = [0, *cutoffs, vocab_size]
+        self.sizes = [high - low for low, high in itertools.pairwise(bounds)]
+        self.cutoffs = bounds[1:]
+        self.tail_vectors = nn.Parameter(torch.zeros(len(cutoffs), input_size))
+        self.tail_bias = nn.Parameter(torch.zeros(len(cutoffs)))
+
+    def parts(self):
+        """(weight, bias) of the head, and a list of those of the tails."""
+        (weight, *weights), (bias, *biases) = self.weight.split(self.sizes), self.bias.split(self.sizes)
+        head = torch.cat([weight, self.tail_vectors]), torch.cat([bias, self.tail_bias])
+        return head, list(zip(weights, biases, strict=True))
+
+    def log_probs(self, hidden):
+        """(..., H) -> (..., V), natural logarithms, float32 or wider."""
+        head, tails = self.parts()
+        head = functional.log_softmax(_widen(functional.linear(hidden, *head)), dim=-1)
+        parts = [head[..., : self.sizes[0]]]
+        for number, tail in enumerate(tails):
+            own = functional.log_softmax(_widen(functional.linear(hidden, *tail)), dim=-1)
+            parts.append(own + head[..., -1 - number, None])
+        return torch.cat(parts, dim=-1)
+
+    def loss(self, hidden, targets):
+        """Sum of -log p(target), in nats, of hidden (T, B, H) and targets (T, B); targets of IGNORE count nothing."""
+        head, tails = self.parts()
+        entries = [self.sizes[0] + len(tails) - 1 - number for number in range(len(tails))]
+        return clustered_loss(hidden, targets, self.cutoffs, entries, head, [(nn.Identity(), *tail) for tail in tails])
+
+
+def clustered_loss(hidden, targets, cutoffs, entries, head, tails):
+    """Sum of -log p(target) in nats where p(w) = p_head(w) or p_head(cluster of w) p_cluster(w).
+
+    hidden (T, B, H), targets (T, B), those of IGNORE count nothing. cutoffs: where clusters start, and V. entries: of
+    the clusters in the head. head: weight, bias. tails: for each cluster a function of hidden (R, H), weight, bias.
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    head_targets, loss = targets.clone(), 0.0
+    for entry, (low, high), (down, weight, bias) in zip(entries, itertools.pairwise(cutoffs), tails, strict=True):
+        rows = ((targets >= low) & (targets < high)).nonzero()[:, 0]
+        head_targets[rows] = entry
+        loss = loss + cross_entropy(down(hidden[rows]), weight, bias, targets[rows] - low)
+    return loss + cross_entropy(hidden, *head, head_targets)
+
+
+SPLITS = ((500_000, [4200, 35_000, 180_000]), (75_000, [2800, 20_000, 76_000]))
+"""Vocabularies above this size have these cutoffs in salesforce/awd-lstm-lm, smaller ones a full softmax."""
+
+
+def split_cutoffs(vocab_size):
+    """The authors' cutoffs of a split softmax for a vocabulary, None for a full softmax."""
+    return next((cutoffs for above, cutoffs in SPLITS if vocab_size > above), None)
 
 
 def default_cutoffs(vocab_size):

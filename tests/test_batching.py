@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.batching import columns, num_windows, scored_columns, windows
+from data.batching import columns, scored_columns, variable_lengths, window_lengths, windows
 from data.files import CorpusError
 
 ALPHABET = np.array([ord(letter) for letter in "abcdefghijklmnopqrstuvwxyz"], np.int32)
@@ -59,7 +59,7 @@ def test_windows_give_back_the_stream(count, batch_size, bptt):
     batch_size = min(batch_size, count // 2)
     length = count // batch_size
     ids = np.random.default_rng(count).permutation(count).astype(np.int32)
-    pairs = list(windows(columns(ids, batch_size), bptt))
+    pairs = list(windows(columns(ids, batch_size), window_lengths(length - 1, bptt)))
     starts = [b * length for b in range(batch_size)]
     assert column_by_column(tokens for tokens, _ in pairs) == [
         token for start in starts for token in ids[start : start + length - 1].tolist()
@@ -74,20 +74,53 @@ def test_every_window_is_bptt_long_but_the_last(stream, bptt):
     """22 targets a column, cut by lengths that divide 22 and that do not, and by one longer than the column."""
     full, rest = divmod(22, bptt)
     lengths = [bptt] * full + [rest] * (rest > 0)
-    shapes = [(tuple(tokens.shape), tuple(targets.shape)) for tokens, targets in windows(stream, bptt)]
+    assert window_lengths(len(stream) - 1, bptt) == lengths
+    shapes = [(tuple(tokens.shape), tuple(targets.shape)) for tokens, targets in windows(stream, lengths)]
     assert shapes == [((length, 5), (length, 5)) for length in lengths]
-    assert num_windows(stream, bptt) == len(lengths)
 
 
 @pytest.mark.parametrize("bptt", [1, 3, 11, 1000])
 def test_windows_from_a_start_are_the_tail(stream, bptt):
     """A resumed epoch sees the windows that the interrupted one would have seen, and none past the end."""
-    whole = list(windows(stream, bptt))
+    lengths = window_lengths(len(stream) - 1, bptt)
+    whole = list(windows(stream, lengths))
     for start in range(len(whole) + 2):
-        tail = list(windows(stream, bptt, start))
+        tail = list(windows(stream, lengths, start))
         assert len(tail) == max(0, len(whole) - start)
         for pair, expected in zip(tail, whole[start:], strict=True):
             assert torch.equal(torch.stack(pair), torch.stack(expected))
+
+
+@given(
+    steps=st.integers(1, 3000), bptt=st.integers(1, 90), seed=st.integers(0, 9), longest=st.none() | st.integers(5, 90)
+)
+def test_variable_lengths_cover_every_step(steps, bptt, seed, longest):
+    """They add up to the whole, none but the last below 5 or above the longest, and a seed fixes them."""
+    lengths = variable_lengths(steps, bptt, seed, longest)
+    assert sum(lengths) == steps and min(lengths) >= 1
+    assert all(5 <= length <= (longest or steps) for length in lengths[:-1])
+    assert lengths[-1] <= (longest or steps)
+    assert lengths == variable_lengths(steps, bptt, seed, longest)
+
+
+def test_variable_lengths_are_distributed_as_published():
+    """Section 4.1 of the paper: N(70, 5) in 95 of 100 cases, N(35, 5) in 5; another epoch has others."""
+    lengths = np.array(variable_lengths(3_000_000, 70, [1111, 1])[:-1])
+    short = lengths < 52.5
+    assert abs(short.mean() - 0.05) < 0.005
+    for part, middle in ((lengths[~short], 70), (lengths[short], 35)):
+        assert abs(part.mean() + 0.5 - middle) < 0.3 and abs(part.std() - 5) < 0.3, middle
+    assert variable_lengths(1000, 70, [1111, 2]) != variable_lengths(1000, 70, [1111, 1])
+    assert max(variable_lengths(100_000, 70, 3, 72)) == 72
+
+
+def test_variable_windows_give_back_the_stream(stream):
+    """State is carried from one to the next: nothing is left out or comes twice, all in order (a peer sorts them)."""
+    lengths = variable_lengths(len(stream) - 1, 6, 5)
+    assert len(lengths) > 2
+    pairs = list(windows(stream, lengths))
+    assert torch.equal(torch.cat([tokens for tokens, _ in pairs]), stream[:-1])
+    assert torch.equal(torch.cat([targets for _, targets in pairs]), stream[1:])
 
 
 SIZES = [

@@ -8,7 +8,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from models import RNN, LanguageModel
-from utils.optim import build_optimizer, build_schedule
+from utils.optim import Average, build_optimizer, build_schedule, rescaled
 
 LR = 0.7
 ADAM, SGD, MOMENTUM = {"optimizer": "adam"}, {"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9}
@@ -291,3 +291,125 @@ def test_a_schedule_goes_on_where_it_was_saved(start, losses, name, changes):
     optimizer.load_state_dict(saved[1])
     assert run(schedule, optimizer, range(24, 61)) == expected
     assert len(set(expected)) > 3 or name == "constant"
+
+
+def triggered(args, losses):
+    """The epoch, from 1, at whose end averaging starts; None for never."""
+    average = Average(args, [torch.nn.Parameter(torch.zeros(2))])
+    for epoch, loss in enumerate(losses, 1):
+        if average.end_epoch(loss):
+            return epoch
+    return None
+
+
+LOSSES = [[9, 8, 7, 6, 5, 4, 3, 2, 1], [9, 8, 7, 7.5, 6, 6.5, 6.4, 6.9, 7.2, 5], [5, 6, 4, 6, 6, 3, 6, 7], [1] * 8]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("losses", LOSSES, ids=str)
+def test_trigger_rules(flags, losses, n):
+    """Both rules against their definitions: main.py's line, and algorithm 1 with its logs and its t."""
+    stored = []
+    by_code = None
+    for epoch, loss in enumerate(losses, 1):
+        if len(stored) > n and loss > min(stored[:-n]):
+            by_code = epoch
+            break
+        stored.append(loss)
+    assert triggered(flags(optimizer="ntasgd", nonmono=n, nt_rule="code", finetune=None), losses) == by_code
+    logs, by_paper = {}, None
+    for t, loss in enumerate(losses):
+        if t > n and loss > min(logs[number] for number in range(t - n, t)):
+            by_paper = t + 1
+            break
+        logs[t] = loss
+    assert triggered(flags(optimizer="ntasgd", nonmono=n, nt_rule="paper", finetune=None), losses) == by_paper
+    for optimizer in ("sgd", "adam"):
+        assert triggered(flags(optimizer=optimizer, nonmono=n, nt_rule="code", finetune=None), losses) is None
+
+
+def test_the_rules_differ():
+    """On losses that fall, rise and stay up."""
+    losses = [9, 5, 6, 6.2, 6.1, 6.3]
+    base = {"optimizer": "ntasgd", "finetune": None, "nonmono": 2}
+    assert [triggered(SimpleNamespace(**base, nt_rule=rule), losses) for rule in ("code", "paper")] == [5, 4]
+
+
+def test_the_mean_is_that_of_all_weights_since_the_trigger(flags, parameters, updates):
+    """Inside `applied` the model has the mean in float64, outside its own weights; steps are SGD's throughout."""
+    args = flags(optimizer="ntasgd", nonmono=1, nt_rule="code", finetune=None, wdecay=0.1)
+    own, plain = parameters(), parameters()
+    optimizer, other = build_optimizer(args, own), build_optimizer(flags(wdecay=0.1), plain)
+    average, seen = Average(args, own), []
+    steps = zip(updates(optimizer, own), updates(other, plain), range(5), strict=True)
+    for _, _, number in steps:  # a step is taken after each turn
+        if number:
+            average.step()
+            if number > 2:
+                seen.append([parameter.detach().clone() for parameter in own])
+        if number == 2:
+            with average.applied() as averaged:
+                assert not averaged
+            average.start()
+            with average.applied() as averaged:
+                assert not averaged
+    average.step()
+    seen.append([parameter.detach().clone() for parameter in own])
+    before = [parameter.detach().clone() for parameter in own]
+    with average.applied() as averaged:
+        assert averaged
+        for position, parameter in enumerate(own):
+            mean = torch.stack([weights[position] for weights in seen]).mean(0)
+            torch.testing.assert_close(parameter.detach(), mean, rtol=1e-12, atol=1e-14)
+    assert all(torch.equal(parameter, value) for parameter, value in zip(own, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(own, plain, strict=True))
+
+
+def test_the_mean_is_torchs_but_for_its_first_step(flags, parameters, updates):
+    """torch.optim.ASGD with t0 0 and lambd 0 forgets the weights after step 1; without them the means are equal
+    (its weights of the mean are float32)."""
+    args = flags(optimizer="ntasgd", nonmono=1, nt_rule="code", finetune=None)
+    own, theirs = parameters(), parameters()
+    asgd = torch.optim.ASGD(theirs, lr=LR, t0=0, lambd=0.0, alpha=0.0)
+    average = Average(args, own)
+    for number, _ in enumerate(zip(updates(build_optimizer(args, own), own), updates(asgd, theirs), strict=True)):
+        if number == 1:
+            average.start()
+        elif number > 1:
+            average.step()
+    average.step()
+    with average.applied():
+        for mean, parameter in zip(own, theirs, strict=True):
+            torch.testing.assert_close(mean.detach(), asgd.state[parameter]["ax"], rtol=1e-6, atol=1e-7)
+
+
+def test_a_mean_swapped_in_is_swapped_out_whatever_happens(flags):
+    """An error in between leaves the weights themselves."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    average = Average(flags(optimizer="ntasgd", nonmono=1, nt_rule="code", finetune="run"), [parameter])
+    average.step()
+    with torch.no_grad():
+        parameter.mul_(3)
+    average.step()
+    with pytest.raises(ZeroDivisionError), average.applied():
+        assert parameter.tolist() == [2, 2, 2]
+        raise ZeroDivisionError
+    assert parameter.tolist() == [3, 3, 3]
+
+
+def test_when_divides_by_ten_after_each_epoch_listed(start):
+    """--when 2 4: epochs 1 and 2 at the rate, 3 and 4 at a tenth, 5 at a hundredth."""
+    schedule, optimizer = start("when", when=[2, 4])
+    seen = []
+    for epoch in range(1, 6):
+        schedule.start_batch(epoch, 0.0)
+        seen.append(rates(optimizer) / LR)
+    assert seen == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_rescaled_rates_come_back(start):
+    """In all groups."""
+    _, optimizer = start("constant")
+    with rescaled(optimizer, 0.25):
+        assert rates(optimizer) == LR / 4
+    assert rates(optimizer) == LR

@@ -343,9 +343,9 @@ def test_core(window):
     torch.manual_seed(7)
     core = QRNNCore(EMSIZE, NHID, 2, window=window, zoneout=0.2).eval()
     state = core.initial_state(BATCH)
-    shapes = [(1, BATCH, NHID)] * 2
-    if window > 1:
-        shapes += [(window - 1, BATCH, EMSIZE), (window - 1, BATCH, NHID)]
+    shapes = []
+    for size in (EMSIZE, NHID):
+        shapes += [(1, BATCH, NHID), (window - 1, BATCH, size)][: 2 if window > 1 else 1]
     assert [tuple(part.shape) for part in state] == shapes and not any(part.any() for part in state)
     x = torch.randn(STEPS, BATCH, EMSIZE)
     whole, last = core(x, state)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import softmax
 from models.language_model import check_cutoffs
-from models.softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, default_cutoffs
+from models.softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, SplitSoftmax, default_cutoffs, split_cutoffs
 
 STEPS, BATCH, NHID, WORDS = 5, 3, 7, 19
 
@@ -297,3 +297,62 @@ def test_default_cutoffs_fit(vocab_size):
     cutoffs = default_cutoffs(vocab_size)
     check_cutoffs(cutoffs, vocab_size)
     assert cutoffs == sorted(set(cutoffs)) and (vocab_size < 50 or cutoffs == [vocab_size // 25, vocab_size // 5])
+
+
+def split_by_hand(head, hidden):
+    """p(w) (N, V) from the definition, in probabilities: tombstones in the head, the last one for the first cluster."""
+    first, count = head.cutoffs[0], len(head.cutoffs) - 1
+    top = torch.cat([head.weight[:first], head.tail_vectors]), torch.cat([head.bias[:first], head.tail_bias])
+    p_head = (hidden @ top[0].t() + top[1]).exp()
+    p_head = p_head / p_head.sum(1, keepdim=True)
+    parts = [p_head[:, :first]]
+    for k in range(1, count + 1):
+        low, high = head.cutoffs[k - 1 : k + 1]
+        own = (hidden @ head.weight[low:high].t() + head.bias[low:high]).exp()
+        parts.append(own / own.sum(1, keepdim=True) * p_head[:, -k, None])
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize(("vocab_size", "cutoffs"), ADAPTIVE, ids=str)
+@pytest.mark.parametrize("tied", (True, False), ids=("tied", "own"))
+def test_split_equals_its_definition(vocab_size, cutoffs, tied):
+    """Sums to 1; log probabilities, loss of every word and every gradient are those of the definition, in float64."""
+    torch.manual_seed(6)
+    shared = nn.Parameter(torch.randn(vocab_size, 11)) if tied else None
+    head = SplitSoftmax(11, vocab_size, cutoffs, shared).double()
+    assert not head.tail_vectors.any() and not head.tail_bias.any()
+    for parameter in (head.bias, head.tail_vectors, head.tail_bias):
+        nn.init.normal_(parameter)
+    hidden = torch.randn(vocab_size, 3, 11, dtype=torch.double, requires_grad=True)
+    targets = torch.arange(vocab_size)[:, None].expand(-1, 3)
+    p = split_by_hand(head, hidden.flatten(0, 1))
+    torch.testing.assert_close(p.sum(1), torch.ones(len(p), dtype=torch.double))
+    torch.testing.assert_close(head.log_probs(hidden).flatten(0, 1), p.log())
+    loss, want = head.loss(hidden, targets), -p.log().gather(1, targets.reshape(-1, 1)).sum()
+    torch.testing.assert_close(loss, want)
+    names, leaves = zip(("hidden", hidden), *head.named_parameters(), strict=True)
+    expected = torch.autograd.grad(want, leaves)
+    for name, ours, gradient in zip(names, torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert (ours - gradient).norm() <= 1e-12 * gradient.norm(), name
+
+
+def test_split_does_not_score_ignored_targets_and_gives_unused_tails_a_gradient():
+    """A batch with words of the head alone: every parameter has a gradient; ignored targets change nothing."""
+    torch.manual_seed(7)
+    head = SplitSoftmax(11, 31, [5, 23]).double()
+    hidden, targets = torch.randn(5, 3, 11, dtype=torch.double), torch.randint(5, (5, 3))
+    targets[2] = IGNORE
+    head.loss(hidden, targets).backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+    kept = torch.cat([hidden[:2], hidden[3:]]), torch.cat([targets[:2], targets[3:]])
+    torch.testing.assert_close(head.loss(hidden, targets), head.loss(*kept))
+
+
+def test_split_of_the_published_vocabularies():
+    """Penn Treebank and WikiText-2 have a full softmax, WikiText-103 and the Billion Words the authors' clusters."""
+    assert split_cutoffs(10_000) is None and split_cutoffs(33_278) is None and split_cutoffs(75_000) is None
+    assert split_cutoffs(267_735) == [2800, 20_000, 76_000] and split_cutoffs(793_471) == [4200, 35_000, 180_000]
+    for size in (75_001, 267_735, 793_471):
+        cutoffs = split_cutoffs(size)
+        if size > cutoffs[-1]:
+            check_cutoffs(cutoffs, size)

@@ -230,7 +230,7 @@ def test_a_non_finite_loss_is_no_success(train, fails, tiny_corpus, tmp_path):
     places = ["--data", tiny_corpus, "--runs-dir", tmp_path / "runs", "--save", tmp_path / "model.pt"]
     wild = ["--lr", "1e38", "--optimizer", "sgd", "--clip", "0", "--name", "wild"]
     error = fails(train_rnn.main, *places, *TINY, *wild, code=1)
-    assert re.search(r"not finite at step \d+ \(epoch 1\): lr 1e\+38, gradient norm (nan|inf|[\d.e+]+)", error)
+    assert re.search(r"not finite at batch \d+ of epoch 1: lr 1e\+38, gradient norm (nan|inf|[\d.e+]+)", error)
     assert (tmp_path / "model.pt").read_bytes() == before
     assert not (tmp_path / "runs" / "wild" / "last.pt").exists()
 

@@ -48,7 +48,7 @@ def what_training_knows(saved):
     """Everything of a checkpoint but clock readings, flags that may differ, and file sizes."""
     epochs = [{k: v for k, v in e.items() if k not in TIMES} for e in saved["history"]["epochs"]]
     position = {k: saved["position"][k] for k in ("epoch", "batch", "state", "sums")}
-    kept = ("weights", "optimizer", "schedule", "rng", "best", "vocabulary", "config")
+    kept = ("weights", "optimizer", "average", "schedule", "rng", "best", "vocabulary", "config")
     points = saved["history"]["points"]
     return {"epochs": epochs, "points": points, "position": position, **{k: saved[k] for k in kept}}
 
@@ -107,6 +107,7 @@ KINDS = {
     "adam, one-cycle, weight decay": ["--lr", "0.02", "--schedule", "onecycle", "--wdecay", "1e-4"],
     "GRU loop, two layers": ["--model", "GRU", "--loop", "--nlayers", "2", "--lr", "0.01"],
     "bf16": ["--amp", "bf16", "--lr", "0.01"],
+    "ntasgd, one-sided rule": ["--optimizer", "ntasgd", "--lr", "90", "--nonmono", "1", "--nt-rule", "paper"],
 }
 
 
@@ -142,6 +143,110 @@ def test_resume_equals_an_uninterrupted_run(flags, batches, train, tmp_path, mon
         assert numbers(runs / "cut" / log) == numbers(runs / "whole" / log)
     whole = json.loads((runs / "whole" / "run.json").read_text())
     assert record["results"] == whole["results"]
+
+
+def switch(lines):
+    """The number of the line that says so."""
+    return next(number for number, line in enumerate(lines) if "Switching to ASGD" in line)
+
+
+@pytest.mark.parametrize("batches", [40, 130, 210], ids=["before", "about", "after the switch"])
+def test_resume_across_the_switch_to_averaging(batches, train, tmp_path, monkeypatch):
+    """NT-ASGD with windows of variable length: dead and resumed before and after it, the run ends as if it had not."""
+    flags = ["--optimizer=ntasgd", "--lr=200", "--clip=0.25", "--nonmono=1", "--variable-bptt", "--bptt-max=17"]
+    flags += ["--epochs=6", "--checkpoint-every=7"]
+    train(*flags, "--name", "whole")
+    step, done = trainer.training_step, []
+
+    def dying_step(*args):
+        if len(done) == batches:
+            raise Killed
+        done.append(1)
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "training_step", dying_step)
+    with pytest.raises(Killed):
+        train(*flags, "--name", "cut")
+    monkeypatch.setattr(trainer, "training_step", step)
+    train("--resume", "cut", "--epochs=6")
+    assert_same(what_training_knows(last(tmp_path, "cut")), what_training_knows(last(tmp_path, "whole")))
+    logs = [numbers(tmp_path / "runs" / name / "train_log.txt") for name in ("cut", "whole")]
+    assert logs[0] == logs[1]
+    text = (tmp_path / "runs" / "cut" / "train_log.txt").read_text()
+    epochs = [line for line in text.splitlines() if "| end of" in line or "Switching" in line]
+    at = switch(epochs)
+    assert all("weights raw" in line for line in epochs[:at]) and len(epochs) > at + 1
+    assert all("weights averaged" in line for line in epochs[at + 1 :])
+    history = last(tmp_path, "cut")["history"]["epochs"]
+    assert [epoch["averaged"] for epoch in history] == [number >= at for number in range(6)]
+
+
+def test_what_is_kept_of_an_averaged_run_is_the_mean(train, tmp_path, tiny_corpus):
+    """best.pt holds the mean of the weights and scores as logged; last.pt holds what training goes on from."""
+    flags = ["--optimizer=ntasgd", "--lr=200", "--clip=0.25", "--nonmono=1", "--epochs=6", "--name=run"]
+    record = train(*flags)
+    best, end = (checkpoint.load(tmp_path / "runs" / "run" / f"{name}.pt") for name in ("best", "last"))
+    assert record["history"]["epochs"][best["best"]["epoch"] - 1]["averaged"]
+    names = [name for name in best["weights"] if name != "head.weight"]  # tied
+    means = dict(zip(names, best["average"]["means"], strict=True))
+    assert all(torch.equal(best["weights"][name], mean) for name, mean in means.items())
+    assert not any(torch.equal(end["weights"][name], mean) for name, mean in means.items())
+    model, _, _ = checkpoint.load_model(tmp_path / "runs" / "run" / "best.pt", torch.device("cpu"))
+    corpus = Corpus.load(tiny_corpus, notice=lambda line: None)
+    assert evaluate(model, corpus.valid, 3).loss == best["best"]["valid_loss"]
+
+
+def test_finetune_averages_from_the_first_step_and_stops(train, tmp_path):
+    """From another run's best model; the first epoch is scored averaged; the same rule ends it, for --resume too."""
+    first = train("--name=first", "--lr=0.02", "--epochs=3")
+    flags = ["--optimizer=ntasgd", "--lr=15", "--clip=0.25", "--nonmono=2", "--epochs=40", "--finetune=first"]
+    record = train(*flags, "--name=tuned")
+    epochs = record["history"]["epochs"]
+    assert all(epoch["averaged"] for epoch in epochs) and 3 <= len(epochs) < 40
+    losses = [epoch["valid_loss"] for epoch in epochs]
+    assert losses[-1] > min(losses[:-3]) and all(losses[n] <= min(losses[: n - 2]) for n in range(3, len(losses) - 1))
+    assert losses[0] < 1.1 * min(epoch["valid_loss"] for epoch in first["history"]["epochs"])
+    assert "Stopping" in (tmp_path / "runs" / "tuned" / "train_log.txt").read_text()
+    again = train("--resume=tuned", "--epochs=40")
+    assert again["epochs"] == len(epochs) and again["results"] == record["results"]
+
+
+def test_finetune_of_what_does_not_fit(train, fails, tmp_path):
+    """Another size, no such run, another optimizer: one line each, before anything is written."""
+    train("--name=first", "--epochs=1")
+    common = ["--data", tmp_path, "--runs-dir", tmp_path / "runs", *TINY]
+    assert "expected a run folder with best.pt" in fails(
+        train_rnn.main, *common, "--optimizer=ntasgd", "--finetune=other"
+    )
+    assert "--optimizer ntasgd" in fails(train_rnn.main, *common, "--finetune=first")
+    with pytest.raises(UserError, match="does not fit"):
+        train("--optimizer=ntasgd", "--finetune=first", "--nhid=7", "--no-tied", "--name=second")
+    assert not (tmp_path / "runs" / "second").exists()
+
+
+def test_a_window_of_variable_length_has_its_own_rate(monkeypatch):
+    """Steps of lengths 5, 13 and 8 around 10 move weights at half, 1.3 and 0.8 times the rate, each its own (torch's
+    ASGD would take the last one's), as a loop in float64 does; the rate itself stays."""
+    torch.manual_seed(3)
+    config = {"family": "rnn", "core": {"model": "GRU", "emsize": 7, "nhid": 7, "nlayers": 1}, "vocab_size": 19}
+    model = build({**config, "tied": True}).double()
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    args = SimpleNamespace(optimizer="ntasgd", lr=3.0, momentum=0.0, wdecay=0.01, clip=0.0, average="targets", bptt=10)
+    args.variable_bptt, args.amp = True, "off"
+    optimizer = trainer.optim.build_optimizer(args, model.parameters())
+    state, clock = model.initial_state(5), runtime.Clock(torch.device("cpu"))
+    for steps in (5, 13, 8):
+        tokens, targets = torch.randint(19, (2, steps, 5))
+        twin = build({**config, "tied": True}).double()
+        twin.load_state_dict(model.state_dict())
+        loss, _, count, _ = twin(tokens, targets, state)
+        gradients = torch.autograd.grad((loss / count).sum(), list(twin.parameters()))
+        for (name, value), gradient in zip(weights.items(), gradients, strict=True):
+            weights[name] = value - 3.0 * steps / 10 * (gradient + 0.01 * value)
+        _, _, _, state, _ = trainer.training_step(model, optimizer, tokens, targets, state, args, clock)
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(value.detach(), weights[name], rtol=1e-10, atol=1e-12, msg=name)
+    assert optimizer.param_groups[0]["lr"] == 3.0
 
 
 def test_kill_minus_nine_and_resume(tmp_path, tiny_corpus):
@@ -333,7 +438,7 @@ def test_a_non_finite_gradient_is_found_on_a_gpu_too(train, monkeypatch):
     check = trainer.Trainer.check_finite
     late = lambda self: check(self) if self.batch % 20 == 0 else None  # noqa: E731
     monkeypatch.setattr(trainer.Trainer, "check_finite", late)
-    with pytest.raises(trainer.TrainingError, match=r"step 3 \(epoch 1\): lr 0.001, gradient norm inf"):
+    with pytest.raises(trainer.TrainingError, match=r"batch 3 of epoch 1: lr 0.001, gradient norm inf"):
         train()
     assert len(seen) == 20
 

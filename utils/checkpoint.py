@@ -1,8 +1,8 @@
 """One file a model: plain containers and tensors, written atomically, read without executing anything.
 
 A checkpoint is a dictionary: format, config (for models.build), vocabulary {words, counts}, weights, args (the flags),
-corpus {name, data, checksums, options}; and what training goes on from: optimizer, schedule, rng, position, history,
-best.
+corpus {name, data, checksums, options}; and what training goes on from: optimizer, average, schedule, rng, position,
+history, best.
 """
 
 import pickle
@@ -17,7 +17,7 @@ from models import CORES, build
 
 from . import UserError
 
-FORMAT = 1
+FORMAT = 2
 PARTS = ("config", "vocabulary", "weights")
 
 

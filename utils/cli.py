@@ -15,7 +15,7 @@ import torch.distributed as dist
 from data import Corpus, CorpusError, find_corpus
 from models import ModelError
 from models.language_model import INITS, check_cutoffs
-from models.softmax import default_cutoffs
+from models.softmax import default_cutoffs, split_cutoffs
 
 from . import TrainingError, UserError, checkpoint, optim, report
 from .report import RunFolder
@@ -117,23 +117,35 @@ def add_data(parser):
 
 
 def add_softmax(parser):
-    """--adaptivesoftmax, --cutoffs, --tied: the head, as all families have it."""
+    """--tied, --adaptivesoftmax, --splitcross, --cutoffs: the head, as all families have it."""
     group = parser.add_argument_group("softmax")
     group.add_argument("--tied", action=BooleanOptionalAction, help="embedding and softmax share one matrix")
     group.add_argument("--adaptivesoftmax", action="store_true", help="rare words in clusters, for large vocabularies")
+    group.add_argument(
+        "--splitcross",
+        action=BooleanOptionalAction,
+        default=False,
+        help="rare words in clusters that keep the tied matrix (AWD-LSTM's split cross-entropy)",
+    )
     group.add_argument(
         "--cutoffs",
         type=positive_int,
         nargs="*",
         metavar="ID",
-        help="where the clusters of --adaptivesoftmax start; derived from the vocabulary if not given",
+        help="where the clusters start; if not given derived from the vocabulary, by --splitcross as its authors do: "
+        "none up to 75,000 types",
     )
 
 
 def add_training(parser):
     """Optimizer, schedule, batches."""
     group = parser.add_argument_group("training")
-    group.add_argument("--optimizer", choices=("sgd", "adam"), default="adam", help="how weights are updated")
+    group.add_argument(
+        "--optimizer",
+        choices=optim.OPTIMIZERS,
+        default="adam",
+        help="how weights are updated; ntasgd: sgd, then averaged when the validation loss stalls",
+    )
     group.add_argument("--lr", type=positive, default=1e-3, help="initial learning rate; the highest under onecycle")
     group.add_argument("--momentum", type=probability, default=0.0, help="of SGD")
     group.add_argument("--clip", type=non_negative, default=0.1, help="largest gradient norm, 0 for any")
@@ -146,19 +158,47 @@ def add_training(parser):
         default="targets",
         help="what the loss of a window is averaged over; over columns it is summed over the steps",
     )
+    group.add_argument(
+        "--nonmono", type=positive_int, default=5, metavar="N", help="ntasgd: epochs that the loss may be worse for"
+    )
+    group.add_argument(
+        "--nt-rule",
+        choices=optim.NT_RULES,
+        default="code",
+        help="ntasgd: worse than the best before the last N epochs, or (paper) the best of the last N",
+    )
+    group.add_argument(
+        "--finetune",
+        metavar="RUN",
+        help="start from the best model of this run (name or folder), average from the first step (ntasgd) and stop by "
+        "the same rule",
+    )
     group.add_argument("--epochs", type=positive_int, default=100, help="upper epoch limit")
     group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="columns of text")
     group.add_argument("--bptt", type=positive_int, default=100, metavar="T", help="steps of each window")
     group.add_argument(
+        "--variable-bptt",
+        action=BooleanOptionalAction,
+        default=False,
+        help="windows of lengths drawn around --bptt, the rate of each in proportion",
+    )
+    group.add_argument(
+        "--bptt-max",
+        type=positive_int,
+        metavar="T",
+        help="longest window of --variable-bptt; any if not given, 10 more than --bptt with --finetune",
+    )
+    group.add_argument(
         "--schedule",
         choices=tuple(optim.SCHEDULES),
-        help="of the rate; if not given step with --decay, else the recipe's",
+        help="of the rate; if not given step with --decay, when with --when, else the recipe's",
     )
     group.add_argument("--plateau-factor", type=number(float, 0, 0.999, True), default=0.5, help="rate times this ...")
     group.add_argument("--plateau-patience", type=number(int, 0), default=5, help="... after more bad epochs than this")
     group.add_argument("--plateau-threshold", type=number(float, 0, 0.999), default=1e-4, help="smallest relative gain")
     group.add_argument("--decay", type=number(float, 0, 1, True), default=1.0, help="rate times this each epoch ...")
     group.add_argument("--decay-from", type=number(int, 1), default=1, metavar="EPOCH", help="... after this one")
+    group.add_argument("--when", type=positive_int, nargs="+", metavar="EPOCH", help="a tenth of the rate after these")
     group.add_argument(
         "--init",
         choices=tuple(INITS),
@@ -254,13 +294,24 @@ def parse_training(parser, recipes, argv=None, family=None):
 
 
 def _settle(parser, given, args, recipe):
-    """Settle what one flag means for another: the schedule that --decay asks for, the tying that is not adaptive."""
+    """Settle what one flag means for another: the schedule of --decay and --when, the tying that is not adaptive."""
     if args.schedule is None:
-        args.schedule = "step" if args.decay != 1 else recipe.get("schedule", "constant")
+        asked = "step" if args.decay != 1 else "when" if args.when else None
+        args.schedule = asked or recipe.get("schedule", "constant")
     if args.decay != 1 and args.schedule != "step":
         parser.error(f"--decay goes with --schedule step, got --schedule {args.schedule}")
-    if args.cutoffs is not None and not args.adaptivesoftmax:
-        parser.error("--cutoffs goes with --adaptivesoftmax, which was not given")
+    if (args.when is not None) != (args.schedule == "when"):
+        parser.error(f"--when and --schedule when go together, got --when {args.when}, --schedule {args.schedule}")
+    if args.finetune:
+        if args.optimizer != "ntasgd":
+            parser.error(f"--finetune averages: it goes with --optimizer ntasgd, got {args.optimizer}")
+        args.finetune = str(find_run("--finetune", args.finetune, args.runs_dir, "best.pt").path)
+        args.bptt_max = args.bptt_max or args.bptt + 10
+    if args.adaptivesoftmax and given.get("splitcross"):
+        parser.error("--splitcross and --adaptivesoftmax exclude each other: choose one")
+    args.splitcross = args.splitcross and not args.adaptivesoftmax
+    if args.cutoffs is not None and not (args.adaptivesoftmax or args.splitcross):
+        parser.error("--cutoffs goes with --adaptivesoftmax or --splitcross, neither was given")
     if args.adaptivesoftmax and args.tied:
         if given.get("tied"):
             parser.error("--tied and --adaptivesoftmax exclude each other: an adaptive softmax has weights of its own")
@@ -269,7 +320,7 @@ def _settle(parser, given, args, recipe):
 
 
 def _resumed(parser, given, early, args, family):
-    folder = resumed_folder(early.resume, early.runs_dir)
+    folder = find_run("--resume", early.resume, early.runs_dir, "last.pt")
     resumed = checkpoint.load(folder.last)
     checkpoint.expect_family(resumed, folder.last, [family])
     saved = resumed["args"]
@@ -291,12 +342,12 @@ class _Absent:
     """Stands for a flag that the command line does not give."""
 
 
-def resumed_folder(run, runs_dir):
-    """The RunFolder of a run's name or path. Raises UserError when it holds no last.pt."""
+def find_run(flag, run, runs_dir, file):
+    """The RunFolder of a run's name or path, given by `flag`. Raises UserError when it holds no `file`."""
     for path in (os.path.join(runs_dir, run), run):
-        if os.path.isfile(os.path.join(path, "last.pt")):
+        if os.path.isfile(os.path.join(path, file)):
             return RunFolder(path)
-    raise UserError(f"--resume {run}: expected a run folder with last.pt, found none at {run} nor in {runs_dir}")
+    raise UserError(f"{flag} {run}: expected a run folder with {file}, found none at {run} nor in {runs_dir}")
 
 
 def model_config(args, vocab_size, family, core, dropouti):
@@ -310,6 +361,7 @@ def model_config(args, vocab_size, family, core, dropouti):
         "dropouti": dropouti,
         "dropout": args.dropout,
         "init": args.init,
+        "splitcross": args.splitcross,
     }
 
 
@@ -319,11 +371,13 @@ def load_corpus(args):
     Raises CorpusError, and ModelError for cutoffs that do not fit the vocabulary.
     """
     corpus = Corpus.load(find_corpus(args.data), args.vocab, args.vocab_size, notice=report.say)
-    if args.adaptivesoftmax:
-        if args.cutoffs is None:
-            args.cutoffs = default_cutoffs(len(corpus.vocabulary))
-        check_cutoffs(args.cutoffs, len(corpus.vocabulary))
-        report.say(f"adaptive softmax: cutoffs {' '.join(map(str, args.cutoffs))}")
+    words = len(corpus.vocabulary)
+    if args.cutoffs is None and (args.adaptivesoftmax or args.splitcross):
+        args.cutoffs = default_cutoffs(words) if args.adaptivesoftmax else split_cutoffs(words)
+    if args.cutoffs is not None:
+        check_cutoffs(args.cutoffs, words)
+        kind = "adaptive" if args.adaptivesoftmax else "split"
+        report.say(f"{kind} softmax: cutoffs {' '.join(map(str, args.cutoffs))}")
     return corpus
 
 

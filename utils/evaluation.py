@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.batching import scored_columns, windows
+from data.batching import scored_columns, window_lengths, windows
 from data.corpus import EOS
 from models.softmax import IGNORE
 
@@ -94,7 +94,7 @@ def score_words(model, vocabulary, lines, amp="off"):
             ids, _ = vocabulary.encode(words)
             stream = torch.from_numpy(np.concatenate([previous, ids]).astype(np.int64)).to(device)[:, None]
             log_probs = []
-            for tokens, targets in windows(stream, steps):
+            for tokens, targets in windows(stream, window_lengths(len(stream) - 1, steps)):
                 hidden, state = model.hidden(tokens, state)
                 log_probs += model.log_probs(hidden).gather(-1, targets[..., None]).flatten().tolist()
             scored.append([(word, lp, word in vocabulary.ids) for word, lp in zip(words, log_probs, strict=True)])

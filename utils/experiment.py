@@ -9,7 +9,7 @@ from data.batching import columns, scored_columns
 from models import build
 from models.softmax import IGNORE
 
-from . import UserError, cli, onnx_export, report, runtime
+from . import UserError, checkpoint, cli, onnx_export, report, runtime
 from .distributed import Processes
 from .report import RunFolder
 from .trainer import Trainer
@@ -52,6 +52,8 @@ def _fit(args, corpus, config, resumed, device, machine):
     check_ends(args, corpus)
     torch.manual_seed(args.seed)
     model = build(config).to(device)
+    if args.finetune and resumed is None:
+        start_from(args, corpus, model, config["family"])
     processes = Processes(device)
     replicas, parts = runtime.data_parallel(model, device)
     if processes.size > 1:
@@ -88,6 +90,19 @@ def _fit(args, corpus, config, resumed, device, machine):
         record = run.run()
         processes.leave()
         return record
+
+
+def start_from(args, corpus, model, family):
+    """Give the model the best weights of the run that --finetune names.
+
+    Raises UserError when they are another family's or another corpus's, or do not fit.
+    """
+    path = RunFolder(args.finetune).best
+    trained = checkpoint.load(path)
+    checkpoint.expect_family(trained, path, [family])
+    if trained["vocabulary"]["words"] != corpus.vocabulary.words:
+        raise UserError(f"--finetune {args.finetune}: its vocabulary is not that of {args.data}; give its --data")
+    checkpoint.load_weights(model, trained, path)
 
 
 def check_ends(args, corpus):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from data.batching import num_windows, windows
+from data.batching import variable_lengths, window_lengths, windows
 
 from . import TrainingError, checkpoint, onnx_export, optim, report, runtime
 from .evaluation import Score, detach, evaluate, perplexity
@@ -42,10 +42,11 @@ def interruptible():
 
 
 def training_step(model, optimizer, tokens, targets, state, args, clock):
-    """Forward, backward, clip, update on one window; args needs amp, clip and average.
+    """Forward, backward, clip, update on one window; args needs amp, clip, average, bptt and variable_bptt.
 
     tokens, targets (T, B). The gradient is of the loss averaged over the targets or over the columns, which is the
-    former times T; norms are clipped at that scale.
+    former times T; norms are clipped at that scale. The rate of a window of variable length is T / bptt times the one
+    set, else short ones would count for more.
     Returns the summed loss in nats and the number of targets, 0-d tensors on the device, the gradient norm before
     clipping, the detached state after the window, and the clock's mark after the forward pass.
     """
@@ -57,7 +58,8 @@ def training_step(model, optimizer, tokens, targets, state, args, clock):
     parts = count if args.average == "targets" else tokens.shape[1]
     (loss / parts + regularizer.mean()).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-    optimizer.step()
+    with optim.rescaled(optimizer, len(tokens) / args.bptt if args.variable_bptt else 1.0):
+        optimizer.step()
     return loss.detach(), count, norm, detach(state), forward
 
 
@@ -74,9 +76,10 @@ class Trainer:
         self.model, self.replicas, self.stream, self.folder = model, replicas, stream, folder
         self.optimizer = optim.build_optimizer(args, model.parameters())
         self.schedule = optim.build_schedule(args, self.optimizer)
+        self.average = optim.Average(args, model.parameters())
         self.clock = runtime.Clock(self.device)
-        self.batches = num_windows(stream, args.bptt)
         self.epoch, self.batch, self.seconds = 1, 0, 0.0
+        self.cut_epoch()
         self.state = model.initial_state(stream.shape[1])
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         self.timing = {"ms": 0.0, "forward_ms": 0.0, "batches": 0}
@@ -92,15 +95,24 @@ class Trainer:
         Returns the run record; None in processes that are not the first.
         """
         self.started = time.monotonic() - self.seconds
-        self.first = (self.epoch - 1) * self.batches + self.batch
+        self.first = self.progress()
         self.began = time.monotonic()
         with interruptible() as interrupted:
-            while self.epoch <= self.args.epochs and self.status == "running":
+            while self.epoch <= self.args.epochs and self.status == "running" and not self.average.stop:
                 self.train_epoch(interrupted)
                 self.end_epoch()
                 if self.status == "running" and self.processes.any_of(interrupted()):
                     self.status = "interrupted"
         return self.finish() if self.processes.rank == 0 else None
+
+    def cut_epoch(self):
+        """Choose the lengths of the epoch's windows; a resumed epoch has the same."""
+        args, steps = self.args, len(self.stream) - 1
+        if args.variable_bptt:
+            self.lengths = variable_lengths(steps, args.bptt, [args.seed, self.epoch], args.bptt_max)
+        else:
+            self.lengths = window_lengths(steps, args.bptt)
+        self.batches = len(self.lengths)
 
     def train_epoch(self, interrupted):
         """The windows of the epoch that are left; sets status when it has to stop before the end."""
@@ -110,12 +122,13 @@ class Trainer:
         hidden = True if self.processes.rank > 0 else None
         label = f"epoch {self.epoch}"
         with tqdm(total=self.batches, initial=self.batch, desc=label, leave=False, disable=hidden) as bar:
-            for tokens, targets in windows(self.stream, args.bptt, self.batch):
+            for tokens, targets in windows(self.stream, self.lengths, self.batch):
                 self.schedule.start_batch(self.epoch, self.progress())
                 start = self.clock.mark()
                 loss, count, norm, self.state, forward = training_step(
                     self.replicas, self.optimizer, tokens, targets, self.state, args, self.clock
                 )
+                self.average.step()
                 self.batch += 1
                 self.add(loss, count, norm)
                 marks.append((start, forward))
@@ -134,23 +147,22 @@ class Trainer:
 
     def progress(self):
         """The part of all epochs that is done, 0 to 1."""
-        return min(1.0, ((self.epoch - 1) * self.batches + self.batch) / (self.args.epochs * self.batches))
+        return min(1.0, (self.epoch - 1 + self.batch / self.batches) / self.args.epochs)
 
     def add(self, loss, count, norm):
         """Add one batch to the sums, without waiting for the device."""
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         first_bad = ~finite & (self.sums[4] == 0)
-        step = (self.epoch - 1) * self.batches + self.batch
         loss, count = loss.double(), count.double()
         self.sums[:4] += torch.stack([loss, count, loss, count])
-        self.sums[4:] += torch.where(first_bad, torch.stack([torch.full_like(loss, step), norm.double()]), 0.0)
+        self.sums[4:] += torch.where(first_bad, torch.stack([torch.full_like(loss, self.batch), norm.double()]), 0.0)
 
     def check_finite(self):
         """Raises TrainingError when a loss or gradient norm so far was not finite."""
-        step = int(self.sums[4])
-        if step:
+        batch = int(self.sums[4])
+        if batch:
             raise TrainingError(
-                f"the loss or its gradient is not finite at step {step} (epoch {self.epoch}): "
+                f"the loss or its gradient is not finite at batch {batch} of epoch {self.epoch}: "
                 f"lr {self.optimizer.param_groups[0]['lr']:g}, gradient norm {self.sums[5].item():g}; "
                 f"use a smaller --lr or --clip; good checkpoints, if any, are in {self.args.runs_dir}/{self.args.name}"
             )
@@ -181,8 +193,8 @@ class Trainer:
         loss, count = self.processes.total(self.sums[:2]).tolist()
         loss /= count
         lr = self.optimizer.param_groups[0]["lr"]
-        done = (self.epoch - 1) * self.batches + self.batch
-        left = (time.monotonic() - self.began) / (done - self.first) * (self.args.epochs * self.batches - done)
+        done = self.progress()
+        left = (time.monotonic() - self.began) / (done - self.first) * (1 - done)
         if self.args.max_minutes:
             left = min(left, max(0.0, self.args.max_minutes * 60 - self.seconds))
         self.folder.log(
@@ -200,13 +212,15 @@ class Trainer:
         start = time.monotonic()
         lr = self.optimizer.param_groups[0]["lr"]
         partial = self.status != "running" and self.batch < self.batches
-        score = self.score_valid()
+        with self.average.applied() as averaged:
+            score = self.score_valid()
         self.seconds = time.monotonic() - self.started
-        entry = self.entry(score, lr, partial, time.monotonic() - start)
+        entry = self.entry(score, lr, partial, time.monotonic() - start) | {"averaged": averaged}
         self.folder.log(RULE)
         self.folder.log(
             f"| end of epoch {self.epoch:3d} | time: {entry['seconds']:5.2f}s | valid loss {score.loss:5.2f} | "
             f"valid ppl {score.perplexity:8.2f} | eval batch {score.batch_size}"
+            + (f" | weights {'averaged' if averaged else 'raw'}" if self.args.optimizer == "ntasgd" else "")
             + (f" | {self.status} after {self.batch} batches" if partial else ""),
             "train",
             "test",
@@ -218,13 +232,18 @@ class Trainer:
         if not partial:
             self.history["epochs"].append(entry)
             self.schedule.end_epoch(score.loss)
+            change = self.average.end_epoch(score.loss)
+            if change:
+                self.folder.log(f"| {change}", "train")
             self.epoch, self.batch = self.epoch + 1, 0
+            self.cut_epoch()
             self.state = self.model.initial_state(self.stream.shape[1])
             self.sums.zero_()
             self.timing = dict.fromkeys(self.timing, 0)
         if improved:
-            self.save(self.folder.best)
-            self.save(self.args.save)
+            with self.average.applied():
+                self.save(self.folder.best)
+                self.save(self.args.save)
         self.save(self.folder.last)
         self.shown = {**self.history, "epochs": [*self.history["epochs"], *([entry] if partial else [])]}
         self.folder.write(self.record(), self.shown)
@@ -334,6 +353,7 @@ class Trainer:
                 "corpus": {"name": corpus.name, "checksums": corpus.checksums, "options": corpus.options},
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
+                "average": self.average.state_dict(),
                 "rng": runtime.rng_state(),
                 "position": {
                     "epoch": self.epoch,
@@ -354,11 +374,13 @@ class Trainer:
         checkpoint.load_weights(self.model, saved, f"--resume {self.args.resume}")
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
+        self.average.load_state_dict(saved["average"])
         position = saved["position"]
         self.epoch, self.batch, self.seconds = position["epoch"], position["batch"], position["seconds"]
         self.state = tuple(self.processes.own_columns(part).to(self.device) for part in position["state"])
         if self.processes.rank == 0:
             self.sums = position["sums"].to(self.device)
+        self.cut_epoch()
         self.timing, self.best = position["timing"], saved["best"]
         self.history = self.shown = saved["history"]
         runtime.set_rng_state(saved["rng"])

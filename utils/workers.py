@@ -37,7 +37,7 @@ class Candidate:
         self.model = build(module.model_config(self.flags, args.vocab_size)).to(self.device)
         batch, bptt = self.flags.batch_size, self.flags.bptt
         ids = np.random.default_rng(0).zipf(1.1, batch * (bptt + 1)) % args.vocab_size
-        self.tokens, self.targets = next(windows(columns(ids, batch).to(self.device), bptt))
+        self.tokens, self.targets = next(windows(columns(ids, batch).to(self.device), [bptt]))
         self.clock = runtime.Clock(self.device)
         self.peer = PEERS[peer](checkout, self.flags, self.model) if peer else None
         if peer:
