@@ -17,6 +17,10 @@ from utils.workers import Worker, load_once, write_zipf
 
 RESULTS = Path(__file__).parent / "results"
 
+# The authors' settings of AWD-LSTM and AWD-QRNN on Penn Treebank.
+AWD_LSTM = "--batch-size 20 --dropouti 0.4 --dropouth 0.25"
+AWD_QRNN = "--model QRNN --batch-size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --dropouth 0.3 --dropouti 0.4"
+
 # What `speed` times: a name, the train script, its flags.
 CANDIDATES = {
     "LSTM, port": ("train_rnn", "--recipe port"),
@@ -35,6 +39,8 @@ CANDIDATES = {
         "--emsize 640 --nhid 640 --nlayers 2 --dropout 0.5 --no-tied --optimizer sgd --lr 1 --average columns "
         "--clip 10 --wdecay 2e-4 --batch-size 20 --bptt 105",
     ),
+    "AWD-LSTM": ("train_awd", AWD_LSTM),
+    "AWD-QRNN": ("train_awd", AWD_QRNN),
 }
 
 # Likewise, at WikiText-103's size; only when --only names them: a step takes most of a minute and gigabytes.
@@ -88,11 +94,12 @@ def chosen(args):
     names = [name for name in every if not args.only or any(word in name for word in args.only)]
     if not names:
         raise UserError(f"--only {' '.join(args.only)} names no candidate: there are {', '.join(every)}")
-    checkouts = {"port-rnn": args.port, "port-rmc": args.port, "example": args.example}
+    checkouts = {"port-rnn": args.port, "port-rmc": args.port, "example": args.example, "a-martyn": args.martyn}
     found = {name: (*every[name], None, None, args) for name in names}
-    for peer, name in dict.fromkeys(RIVALS[name] for name in names if name in RIVALS):
-        if checkouts[peer]:
-            found[rival_name((peer, name))] = (*CANDIDATES[name], peer, checkouts[peer], args)
+    for peer, name in dict.fromkeys(rival for chosen_name in names for rival in RIVALS.get(chosen_name, ())):
+        checkout = checkouts.get(peer) or (args.awd and peer == "authors" and (args.awd, args.qrnn))
+        if checkout:
+            found[rival_name((peer, name))] = (*CANDIDATES[name], peer, checkout, args)
     return found
 
 
@@ -143,6 +150,22 @@ def speed(args):
     finish(args, machine, {"kind": "speed", "vocab_size": args.vocab_size, "rows": rows})
 
 
+def quality(args):
+    """Train the candidates and their peers alike, from the same weights; score all by our evaluation."""
+    _, machine = runtime.setup(args)
+    corpus = Corpus.load(find_corpus(args.data), args.vocab, args.vocab_size, notice=report.say)
+    args.vocab_size, rows = len(corpus.vocabulary), []
+    for name, (script, flags, *rest) in chosen(args).items():
+        for seed in range(1, args.seeds + 1):
+            worker = Worker(script, f"{flags} {args.flags} --seed {seed}", *rest)
+            row = {"name": name, "seed": seed, "ms": worker("train", corpus.train[: args.tokens], args.epochs)}
+            row |= {"valid": worker("score", corpus.valid), "test": worker("score", corpus.test)}
+            worker.end()
+            rows.append(row)
+            report.say(f"| {name} | seed {seed} | valid ppl {row['valid']:.2f} | test ppl {row['test']:.2f}")
+    finish(args, machine, {"kind": "quality", "corpus": corpus.name, "epochs": args.epochs, "rows": rows}, "awd")
+
+
 def memory(args):
     """Peak memory of training steps above parameters and imports, of each candidate and peer in a fresh process."""
     _, machine = runtime.setup(args)
@@ -177,7 +200,8 @@ def evaluation(args):
     name = "LSTM 650 tied, example"
     workers = {name: Worker(*CANDIDATES[name], None, None, args)}
     if args.example:
-        workers[rival_name(RIVALS[name])] = Worker(*CANDIDATES[name], RIVALS[name][0], args.example, args)
+        (rival,) = RIVALS[name]
+        workers[rival_name(rival)] = Worker(*CANDIDATES[name], rival[0], args.example, args)
     results = {key: [] for key in workers}
     for _ in report.progress(range(args.rounds), "evaluation"):
         for key, worker in workers.items():
@@ -331,6 +355,17 @@ def build_parser():
     add_rounds(command)
     add_record(command)
     command.set_defaults(call=speed)
+    command = commands.add_parser("quality", description=quality.__doc__, help="train beside the peers, score alike")
+    add_choice(command, False)
+    cli.add_data(command)
+    command.add_argument("--flags", default="", help="for the train scripts, after each candidate's own")
+    command.add_argument(
+        "--tokens", type=cli.positive_int, help="of the training split, from its start; all if not given"
+    )
+    command.add_argument("--epochs", type=cli.positive_int, default=1, help="passes over them")
+    command.add_argument("--seeds", type=cli.positive_int, default=2, help="random seeds, from 1")
+    add_record(command)
+    command.set_defaults(call=quality)
     command = commands.add_parser("profile", description=profile.__doc__, help="where a training step's time goes")
     add_choice(command)
     command.add_argument("--warmup", type=cli.positive_int, default=3, help="steps before")
@@ -368,10 +403,14 @@ def build_parser():
     return parser
 
 
-def add_choice(parser):
-    """What to measure."""
+def add_choice(parser, made_up=True):
+    """What to measure, beside whom; made_up: of words that are drawn."""
     parser.add_argument("--only", nargs="+", metavar="WORD", help="candidates whose name has one of these words")
-    parser.add_argument("--vocab-size", type=cli.number(int, 3), default=33278, help="words; WikiText-2 has 33278")
+    if made_up:
+        parser.add_argument("--vocab-size", type=cli.number(int, 3), default=33278, help="words; WikiText-2 has 33278")
+    parser.add_argument("--awd", metavar="DIR", help="checkout of salesforce/awd-lstm-lm, measured beside ours")
+    parser.add_argument("--martyn", metavar="DIR", help="checkout of a-martyn/awd-lstm, measured beside ours")
+    parser.add_argument("--qrnn", metavar="DIR", help="checkout of salesforce/pytorch-qrnn, for --awd's QRNN")
     add_port(parser)
     add_example(parser)
 

@@ -376,10 +376,11 @@ def test_speed_refuses_what_it_does_not_know(candidates, fails):
     assert "--rounds" in fails(benchmark.main, "speed", "--rounds", 0)
 
 
-def test_the_speed_page_is_what_its_records_say():
-    """Each record in results/speed/ is rendered between its markers."""
-    page = benchmark.RESULTS / "speed.md"
-    for path in sorted((benchmark.RESULTS / "speed").glob("*.json")):
+@pytest.mark.parametrize("name", ("speed", "qrnn", "awd"))
+def test_a_page_is_what_its_records_say(name):
+    """Each record of a measurement in results/NAME/ is rendered between its markers."""
+    page = benchmark.RESULTS / f"{name}.md"
+    for path in sorted((benchmark.RESULTS / name).glob("*.json")):
         record = report.read_record(path)
         text = page.read_text(encoding="utf-8").split(f"<!-- {path.stem} -->\n")[1].split(f"<!-- /{path.stem} -->")[0]
         assert text.strip() == tables.RENDERERS[record["kind"]](record).strip(), path.name
@@ -398,6 +399,8 @@ PARAMETERS = {
     "RMC, port's form": 10667072,
     "QRNN, paper": 33278 * 1281 + 2 * 3 * 640 * 1281,
     "LSTM 640, QRNN's paper": 33278 * 1281 + 2 * 4 * 640 * 1282,
+    "AWD-LSTM": 33556078,
+    "AWD-QRNN": 33354628,
 }
 
 
@@ -410,4 +413,4 @@ def test_candidates_are_what_their_names_say(name):
     with torch.device("meta"):
         model = build(module.model_config(args, 33278))
     assert model.num_params() == PARAMETERS[name]
-    assert getattr(model.core, "loop", False) == any(word in name for word in ("loop", "RMC", "QRNN, "))
+    assert getattr(model.core, "loop", False) == any(word in name for word in ("loop", "RMC", "QRNN, ", "AWD-QRNN"))

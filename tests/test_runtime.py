@@ -310,7 +310,7 @@ def test_a_step_on_several_devices_equals_one_on_one(config):
     whole = build({**family, "vocab_size": 13, "tied": False, "cutoffs": cutoffs}).double()
     parts = copy.deepcopy(whole)
     tokens, targets = torch.randint(13, (2, 3, 12))
-    args = Namespace(amp="off", clip=0.1, average="targets")
+    args = Namespace(amp="off", clip=0.1, average="targets", bptt=5, variable_bptt=False)
     results = []
     for model, stepped in ((whole, whole), (parts, InTurn(parts, 3))):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

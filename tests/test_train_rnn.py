@@ -102,7 +102,12 @@ CHANGES = {
 def test_every_model_flag_reaches_the_model():
     """A flag that is parsed and never passed changes no figure and no error; each one here changes the model."""
     groups = [g for g in train_rnn.build_parser()._action_groups if g.title in ("model", "softmax")]
-    assert {action.dest for g in groups for action in g._group_actions} == {*CHANGES, "adaptivesoftmax", "cutoffs"}
+    assert {action.dest for g in groups for action in g._group_actions} == {
+        *CHANGES,
+        "adaptivesoftmax",
+        "splitcross",
+        "cutoffs",
+    }
     for name, (value, read) in CHANGES.items():
         flag = {True: f"--{name}", False: f"--no-{name}"}.get(value, f"--{name}={value}")
         config = train_rnn.model_config(parse("--no-tied", flag), 31)

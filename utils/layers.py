@@ -1,10 +1,6 @@
 """Recurrences and layers by themselves, ours and other repositories', as benchmark.py measures them."""
 
-import contextlib
 import copy
-import sys
-import types
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,37 +8,8 @@ from torch import nn
 from models import QRNNLayer, forget_mult
 from models.forget_mult import BACKENDS
 
-from . import UserError, runtime, timing
-from .peers import load
-
-QRNN_SEED = "salesforce/pytorch-qrnn"
-LOG_SEED = "LGirrbach/PyTorch-QRNN"
-
-
-@contextlib.contextmanager
-def _stand_ins(*names):
-    """Empty modules in the place of packages that a peer imports and a CPU never calls."""
-    made = {name: types.ModuleType(name) for name in names if name not in sys.modules}
-    for name, module in made.items():
-        module.function = module.Program = None
-        sys.modules[name] = module
-    try:
-        yield
-    finally:
-        for name in made:
-            del sys.modules[name]
-
-
-def qrnn_seed(checkout):
-    """pytorch-qrnn's two files as modules: forget_mult, qrnn."""
-    if not checkout:
-        raise UserError(f"--qrnn names no checkout of {QRNN_SEED}")
-    folder = Path(checkout) / "torchqrnn"
-    with _stand_ins("cupy", "cupy.cuda", "pynvrtc", "pynvrtc.compiler", "forget_mult"):
-        recurrence = load(folder / "forget_mult.py", QRNN_SEED)
-        sys.modules["forget_mult"].ForgetMult = recurrence.ForgetMult
-        layer = load(folder / "qrnn.py", QRNN_SEED, [("from .forget_mult", "from forget_mult")])
-    return recurrence, layer
+from . import runtime, timing
+from .peers import log_seed, qrnn_seed
 
 
 def settle(args, ours):
@@ -108,13 +75,6 @@ class Recurrence:
         """Milliseconds of h, forward and backward."""
         leaves = self.leaves()
         return timing.once(lambda: self.call(*leaves).backward(self.slope))
-
-
-def log_seed(checkout):
-    """LGirrbach's layer as a module."""
-    if not checkout:
-        raise UserError(f"--log-qrnn names no checkout of {LOG_SEED}")
-    return load(Path(checkout) / "qrnn_layer.py", LOG_SEED)
 
 
 class Layer:

@@ -3,8 +3,12 @@
 Their code is read from a checkout that the user names and runs as it is, but for lines that today's torch refuses.
 """
 
+import contextlib
+import io
 import math
+import sys
 import types
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,6 +18,9 @@ from . import UserError
 from .evaluation import detach
 
 PORT = "L0SG/relational-rnn-pytorch"
+AUTHORS = "salesforce/awd-lstm-lm"
+QRNN_SEED = "salesforce/pytorch-qrnn"
+LOG_SEED = "LGirrbach/PyTorch-QRNN"
 
 
 def load(path, repository, repairs=()):
@@ -31,18 +38,56 @@ def load(path, repository, repairs=()):
     return module
 
 
+@contextlib.contextmanager
+def _stand_ins(*names):
+    """Empty modules in the place of packages that a peer imports and a CPU never calls."""
+    made = {name: types.ModuleType(name) for name in names if name not in sys.modules}
+    for name, module in made.items():
+        module.function = module.Program = None
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in made:
+            del sys.modules[name]
+
+
+def qrnn_seed(checkout):
+    """pytorch-qrnn's two files as modules: forget_mult, qrnn."""
+    if not checkout:
+        raise UserError(f"--qrnn names no checkout of {QRNN_SEED}")
+    folder = Path(checkout) / "torchqrnn"
+    with _stand_ins("cupy", "cupy.cuda", "pynvrtc", "pynvrtc.compiler", "forget_mult"):
+        recurrence = load(folder / "forget_mult.py", QRNN_SEED)
+        sys.modules["forget_mult"].ForgetMult = recurrence.ForgetMult
+        layer = load(folder / "qrnn.py", QRNN_SEED, [("from .forget_mult", "from forget_mult")])
+    return recurrence, layer
+
+
+def log_seed(checkout):
+    """LGirrbach's layer as a module."""
+    if not checkout:
+        raise UserError(f"--log-qrnn names no checkout of {LOG_SEED}")
+    return load(Path(checkout) / "qrnn_layer.py", LOG_SEED)
+
+
 class Peer:
     """A peer's model of our model's sizes and weights. checkout: its folder. flags: our script's. model: ours."""
 
     repository = file = ""
     repairs = ()
+    tied = None  # whether its head and embedding share a matrix, if not as our flags say
 
     def __init__(self, checkout, flags, model):
         module = load(Path(checkout) / self.file, self.repository, self.repairs)
         self.flags, self.device = flags, model.embedding.weight.device
         self.model = self.build(module, flags, model.vocab_size).to(self.device)
         self.model.load_state_dict(self.rename(model.state_dict()))
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=flags.lr)
+        self.optimizer = self.optimize(self.model.parameters())
+
+    def optimize(self, parameters):
+        """The optimizer, as the port has it."""
+        return torch.optim.Adam(parameters, lr=self.flags.lr)
 
     def loss(self, tokens, targets, state):
         """tokens, targets (T, B) -> mean loss, state."""
@@ -164,4 +209,134 @@ class Example(PortRNN):
         return math.exp(total / (len(stream) - 1))
 
 
-PEERS = {"port-rmc": PortRMC, "port-rnn": PortRNN, "example": Example}
+class AWDPeer(Peer):
+    """Training as AWD-LSTM's authors do it: SGD with L2, the rate of a window in proportion to its length."""
+
+    def optimize(self, parameters):
+        return torch.optim.SGD(parameters, lr=self.flags.lr, weight_decay=self.flags.wdecay)
+
+    def rename(self, ours):
+        return {theirs: self.turn(theirs, ours[name]) for theirs, name in self.names(ours).items()}
+
+    def turn(self, theirs, value):
+        """A weight of ours under their name as theirs, and theirs as ours."""
+        return value
+
+    def weights(self, model):
+        """The state_dict of a model of ours, which may be untied, from their weights."""
+        values = self.model.state_dict()
+        names = self.names(model.state_dict())
+        return {name: self.turn(theirs, values[theirs]) for theirs, name in names.items()}
+
+    def loss(self, tokens, targets, state):
+        self.factor = len(tokens) / self.flags.bptt
+        loss, state = self.regularized(tokens, targets, state)
+        return loss, self.cut(state)
+
+    def cut(self, state):
+        """A state, nested as theirs, out of the graph."""
+        return state.detach() if torch.is_tensor(state) else type(state)(self.cut(part) for part in state)
+
+    def update(self):
+        (group,) = self.optimizer.param_groups
+        group["lr"] = self.flags.lr * self.factor
+        self.optimizer.step()
+
+
+class Authors(AWDPeer):
+    """main.py. checkout: its folder and, for a QRNN, that of pytorch-qrnn."""
+
+    repository = AUTHORS
+    file = "model.py"
+    alive = ("p=self.dropout, training=self.training)", "p=self.dropout, training=self.training).clone()")
+
+    def __init__(self, checkouts, flags, model):
+        checkout, qrnn = checkouts
+        for name in ("embed_regularize", "locked_dropout", "weight_drop", "splitcross"):
+            sys.modules[name] = load(Path(checkout) / f"{name}.py", self.repository, [self.alive])
+        if flags.model == "QRNN":
+            sys.modules["torchqrnn"] = qrnn_seed(qrnn)[1]
+        self.criterion = sys.modules["splitcross"].SplitCrossEntropyLoss(flags.emsize, splits=[], verbose=False)
+        super().__init__(checkout, flags, model)
+
+    def build(self, module, flags, vocab_size):
+        drops = (flags.dropout, flags.dropouth, flags.dropouti, flags.dropoute, flags.wdrop)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return module.RNNModel(
+                flags.model, vocab_size, flags.emsize, flags.nhid, flags.nlayers, *drops, tie_weights=flags.tied
+            )
+
+    def names(self, ours):
+        names = {"encoder.weight": "embedding.weight", "decoder.weight": "head.weight", "decoder.bias": "head.bias"}
+        for name in ours:
+            kind, layer, *rest = name.split(".")[1:] if name.startswith("core.") else ("",) * 3
+            if kind and self.flags.model == "QRNN":
+                part = "weight_raw" if rest[-1] == "weight" else "bias"
+                names[f"rnns.{layer}.linear.module.{part}"] = name
+            elif kind and self.flags.wdrop:
+                names[f"rnns.{layer}.module.{rest[-1]}" + ("_raw" if "weight_hh" in name else "")] = name
+            elif kind:
+                names[f"rnns.{layer}.{rest[-1]}"] = name
+        return names
+
+    def state(self, batch_size):
+        self.model.reset()
+        return self.model.init_hidden(batch_size)
+
+    def regularized(self, tokens, targets, state):
+        """Mean loss with AR and TAR in training, and the state, as main.py computes them."""
+        decoder, flags = self.model.decoder, self.flags
+        output, state, raw, dropped = self.model(tokens, state, return_h=True)
+        loss = self.criterion(decoder.weight, decoder.bias, output, targets.reshape(-1))
+        if self.model.training:
+            loss = loss + flags.alpha * dropped[-1].pow(2).mean()
+            loss = loss + flags.beta * (raw[-1][1:] - raw[-1][:-1]).pow(2).mean()
+        return loss, state
+
+
+class Martyn(AWDPeer):
+    """main.py of a-martyn/awd-lstm: untied, three layers, its dropout of the output is that between layers."""
+
+    repository = "a-martyn/awd-lstm"
+    file = "model/net.py"
+    tied = False
+
+    def build(self, module, flags, vocab_size):
+        drops = {"wts": flags.wdrop, "emb": flags.dropoute, "inp": flags.dropouti, "hid": flags.dropouth}
+        drops = {f"dropout_{name}": value for name, value in drops.items()}
+        return module.AWD_LSTM(vocab_size, flags.emsize, flags.nhid, device=self.device, **drops)
+
+    def names(self, ours):
+        names = {"embedding.weight": "embedding.weight", "decoder.weight": "head.weight", "decoder.bias": "head.bias"}
+        for layer in range(3):
+            for kind, product in (("ih", "i2h"), ("hh", "h2h")):
+                for part in ("weight", "bias"):
+                    names[f"layer{layer}.module.{product}.{part}"] = f"core.layers.{layer}.rnn.{part}_{kind}_l0"
+            names[f"layer{layer}.weight_raw"] = f"core.layers.{layer}.rnn.weight_hh_l0"
+        return names
+
+    def turn(self, theirs, value):
+        if not theirs.startswith("layer"):
+            return value
+        i, f, g, o = value.chunk(4)  # theirs has i, f, o, g
+        return torch.cat([i, f, o, g])
+
+    def state(self, batch_size):
+        return self.model.init_hiddens(batch_size)
+
+    def backward(self, loss):
+        with warnings.catch_warnings():  # its dropped weights are among its parameters
+            warnings.simplefilter("ignore")
+            super().backward(loss)
+
+    def regularized(self, tokens, targets, state):
+        """Mean loss with AR and TAR in training, which have no gradient there, and the state."""
+        output, state = self.model(tokens, state)
+        loss = functional.cross_entropy(output.flatten(0, -2), targets.flatten())
+        if self.model.training:
+            loss = loss + self.model.activation_reg(self.flags.alpha)
+            loss = loss + self.model.temporal_activation_reg(self.flags.beta)
+        return loss, state
+
+
+PEERS = {"port-rmc": PortRMC, "port-rnn": PortRNN, "example": Example, "authors": Authors, "a-martyn": Martyn}

@@ -4,13 +4,15 @@ import statistics
 
 from . import UserError, report
 
-# Whom a candidate is compared with: a peer, the candidate whose flags and weights the peer takes.
+# Whom a candidate is compared with: peers, each with the candidate whose flags and weights it takes.
 RIVALS = {
-    "LSTM, port": ("port-rnn", "LSTM, port"),
-    "LSTM loop, port": ("port-rnn", "LSTM loop, port"),
-    "LSTM 650 tied, example": ("example", "LSTM 650 tied, example"),
-    "RMC, paper's form": ("port-rmc", "RMC, port's form"),
-    "RMC, port's form": ("port-rmc", "RMC, port's form"),
+    "LSTM, port": (("port-rnn", "LSTM, port"),),
+    "LSTM loop, port": (("port-rnn", "LSTM loop, port"),),
+    "LSTM 650 tied, example": (("example", "LSTM 650 tied, example"),),
+    "RMC, paper's form": (("port-rmc", "RMC, port's form"),),
+    "RMC, port's form": (("port-rmc", "RMC, port's form"),),
+    "AWD-LSTM": (("authors", "AWD-LSTM"), ("a-martyn", "AWD-LSTM")),
+    "AWD-QRNN": (("authors", "AWD-QRNN"),),
 }
 
 COLUMNS = (
@@ -27,7 +29,8 @@ def model_name(model):
     elif model["family"] == "qrnn":
         name = f"QRNN {core['mode']} {core['nlayers']}x{core['nhid']} window {core['window']}"
     else:
-        name = f"{core['model']} {core['nlayers']}x{core['nhid']}{' loop' if core['loop'] else ''}"
+        name = "AWD-" * (model["family"] == "awd")
+        name += f"{core['model']} {core['nlayers']}x{core['nhid']}{' loop' if core['loop'] else ''}"
     return name + (" tied" if model["tied"] else "") + (" adaptive" if model.get("cutoffs") else "")
 
 
@@ -95,13 +98,34 @@ def speed_text(record):
             cells[2] = f"{row['tokens'] / median * 1000:,.0f}"
             cells[6] = spread(row["products_ms"])
             cells[7] = spread([taken / alone for taken, alone in zip(row["ms"], row["products_ms"], strict=True)], 2)
-        peer = rows.get(rival_name(RIVALS[name])) if name in RIVALS else None
-        if peer:
-            cells[8] = spread([theirs / ours for ours, theirs in zip(row["ms"], peer["ms"], strict=True)], 2)
-            cells[9] = f"{row['launches'] / peer['launches']:.2f}"
-            cells[10] = f"{row['memory_mib'] / peer['memory_mib']:.2f}"
+        peers = [rows[rival] for rival in map(rival_name, RIVALS.get(name, ())) if rival in rows]
+        ratios = [[theirs / ours for ours, theirs in zip(row["ms"], peer["ms"], strict=True)] for peer in peers]
+        cells[8] = "; ".join(spread(ratio, 2) for ratio in ratios)
+        cells[9] = "; ".join(f"{row['launches'] / peer['launches']:.2f}" for peer in peers)
+        cells[10] = "; ".join(f"{row['memory_mib'] / peer['memory_mib']:.2f}" for peer in peers)
         table_rows.append(cells)
     return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(SPEED_COLUMNS, table_rows)
+
+
+QUALITY_COLUMNS = ("model", "seed", "valid ppl", "test ppl", "ms/batch, median", "test ppl / first row's")
+
+
+def quality_text(record):
+    """The markdown of a quality record: who trained, from which seed, what our evaluation says of the weights."""
+    first = {row["seed"]: row["test"] for row in reversed(record["rows"])}
+    rows = [
+        [
+            row["name"],
+            row["seed"],
+            f"{row['valid']:.2f}",
+            f"{row['test']:.2f}",
+            f"{statistics.median(row['ms']):,.0f}",
+            f"{row['test'] / first[row['seed']]:.3f}",
+        ]
+        for row in record["rows"]
+    ]
+    title = f"{record['corpus']}, {record['epochs']} epochs, {len(record['rows'][0]['ms'])} updates. "
+    return title + about(record) + report.markdown_table(QUALITY_COLUMNS, rows)
 
 
 def memory_text(record):
@@ -248,6 +272,7 @@ def figure4_picture(record, path):
 
 
 RENDERERS = {
+    "quality": quality_text,
     "speed": speed_text,
     "memory": memory_text,
     "profile": profile_text,

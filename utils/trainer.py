@@ -63,6 +63,13 @@ def training_step(model, optimizer, tokens, targets, state, args, clock):
     return loss.detach(), count, norm, detach(state), forward
 
 
+def epoch_lengths(steps, args, epoch):
+    """The lengths of an epoch's windows over `steps` steps; args needs bptt, variable_bptt, bptt_max and seed."""
+    if args.variable_bptt:
+        return variable_lengths(steps, args.bptt, [args.seed, epoch], args.bptt_max)
+    return window_lengths(steps, args.bptt)
+
+
 class Trainer:
     """One run: model, optimizer, schedule, and where it stands.
 
@@ -107,11 +114,7 @@ class Trainer:
 
     def cut_epoch(self):
         """Choose the lengths of the epoch's windows; a resumed epoch has the same."""
-        args, steps = self.args, len(self.stream) - 1
-        if args.variable_bptt:
-            self.lengths = variable_lengths(steps, args.bptt, [args.seed, self.epoch], args.bptt_max)
-        else:
-            self.lengths = window_lengths(steps, args.bptt)
+        self.lengths = epoch_lengths(len(self.stream) - 1, self.args, self.epoch)
         self.batches = len(self.lengths)
 
     def train_epoch(self, interrupted):

@@ -18,6 +18,7 @@ from models import build, compiled
 from . import UserError, cli, optim, runtime, timing, trainer
 from .evaluation import evaluate
 from .peers import PEERS, PORT, load
+from .trainer import epoch_lengths
 
 
 class Candidate:
@@ -34,7 +35,8 @@ class Candidate:
         else:
             self.device, _ = runtime.setup(args)
         torch.manual_seed(self.flags.seed)
-        self.model = build(module.model_config(self.flags, args.vocab_size)).to(self.device)
+        self.config = module.model_config(self.flags, args.vocab_size)
+        self.model = build(self.config).to(self.device)
         batch, bptt = self.flags.batch_size, self.flags.bptt
         ids = np.random.default_rng(0).zipf(1.1, batch * (bptt + 1)) % args.vocab_size
         self.tokens, self.targets = next(windows(columns(ids, batch).to(self.device), [bptt]))
@@ -117,6 +119,25 @@ class Candidate:
         mark()
         forward, softmax, backward, update = (1000 * (end - start) for start, end in itertools.pairwise(marks))
         return forward + backward, softmax, update
+
+    def train(self, ids, epochs):
+        """Train on columns of ids (N,) in windows as the flags say; milliseconds of each step."""
+        flags, stream, taken = self.flags, columns(ids, self.flags.batch_size).to(self.device), []
+        for epoch in range(1, epochs + 1):
+            batch = stream.shape[1]
+            self.state = self.peer.state(batch) if self.peer else self.model.initial_state(batch)
+            for self.tokens, self.targets in windows(stream, epoch_lengths(len(stream) - 1, flags, epoch)):
+                taken.append(self.step()[0])
+        return taken
+
+    def score(self, ids):
+        """Perplexity of ids (N,) by our evaluate, whoever trained."""
+        if self.peer is None:
+            return evaluate(self.model, ids, 1, self.flags.amp).perplexity
+        tied = self.flags.tied if self.peer.tied is None else self.peer.tied
+        model = build({**self.config, "tied": tied}).to(self.device)
+        model.load_state_dict(self.peer.weights(model))
+        return evaluate(model, ids, 1).perplexity
 
     def tokens_a_step(self):
         """Targets of a training step."""
