@@ -15,6 +15,7 @@ from conftest import ROOT, InProcess
 import benchmark
 import evaluate
 import generate
+import train_awd
 import train_qrnn
 import train_rmc
 import train_rnn
@@ -28,6 +29,7 @@ TRAINED = {
     "train_rnn.py": (train_rnn, SMALL),
     "train_rmc.py": (train_rmc, SMALL_RMC),
     "train_qrnn.py": (train_qrnn, SMALL),
+    "train_awd.py": (train_awd, SMALL),
 }
 
 
@@ -90,10 +92,11 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
         monkeypatch.setattr(benchmark, "Worker", partial(InProcess, kind=workers.Candidate))
     sizes = {"speed": ["--rounds", "2", "--vocab-size", "31"], "memory": ["--vocab-size", "31"]}
     sizes |= {"evaluation": ["--tokens", "50", "--rounds", "1"], "load": ["--rounds", "1"]}
+    sizes |= {"quality": ["--seeds", "1", f"--flags={small}"]}
     sizes |= {"layers": ["--rounds", "1"], "figure4": ["--rounds", "1", "--vocab-size", "31"]}
     benchmark.main([*argv, *sizes[argv[0]]])
-    rows = re.findall(r"^\| (LSTM|build|cached|QRNN)", out(), re.M)
-    assert len(rows) >= (1 if argv[0] == "evaluation" else 2)
+    rows = re.findall(r"^\| (LSTM|build|cached|QRNN|AWD)", out(), re.M)
+    assert len(rows) >= (1 if argv[0] in ("evaluation", "quality") else 2)
 
 
 def check_prepare(argv, out, source):
