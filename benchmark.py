@@ -12,7 +12,7 @@ from data.corpus import Corpus, find_corpus, split_file
 from models.forget_mult import BACKENDS
 from utils import UserError, cli, report, runtime
 from utils.layers import Layer, Recurrence
-from utils.tables import RENDERERS, RIVALS, figure4_picture, rival_name, table_text
+from utils.tables import RENDERERS, RIVALS, figure4_picture, rival_name, seeds_text, table_text
 from utils.workers import Worker, load_once, write_zipf
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,7 +79,7 @@ def table(args):
     records |= added
     if not records:
         raise UserError(f"{folder} holds no run records: name run folders, python benchmark.py table {args.name} RUN")
-    text = table_text([records[name] for name in sorted(records)])
+    text = (seeds_text if args.seeds else table_text)([records[name] for name in sorted(records)])
     page = args.results / f"{args.name}.md"
     folder.mkdir(parents=True, exist_ok=True)
     (report.replace_between if page.exists() else put_on_page)(page, args.name, text)
@@ -344,6 +344,7 @@ def build_parser():
     command = commands.add_parser("table", description=table.__doc__, help="run records to a markdown table")
     command.add_argument("name", help="of the table")
     command.add_argument("runs", nargs="*", metavar="RUN", help="run folders or run records to add")
+    command.add_argument("--seeds", action="store_true", help="a row for runs that differ in their seeds only")
     command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where tables and records are")
     command.set_defaults(call=table)
     command = commands.add_parser("memory", description=memory.__doc__, help="peak memory of training steps")

@@ -4,9 +4,11 @@ import copy
 import importlib
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from conftest import InProcess
 
 import benchmark
 from data import Corpus
@@ -118,6 +120,33 @@ def test_the_best_test_perplexity_comes_first(table, tiny_run, run):
     shutil.rmtree(worse)
     again = table(run("worse", lambda record: record["results"]["test"].update(perplexity=1.25)))
     assert [row["test ppl"] for row in again] == ["1.25", "1.50", rows[1]["test ppl"]]
+
+
+def test_seeds_side_by_side(run, place):
+    """Runs whose commands differ in seed and name only share a row; rows are named by what is not common to all."""
+
+    def trained(flags, seed, test):
+        def change(record):
+            record["command"] = f"python train_awd.py --nhid 5 {flags}--seed {seed} --epochs 3 --name a-{seed}"
+            record["config"]["seed"] = seed
+            record["results"]["test"].update(perplexity=test, epoch=2 * seed)
+
+        return run(f"{flags.strip(' -').replace(' ', '-')}{seed}", change)
+
+    runs = [
+        trained("--wdrop 0 ", 2, 132.0),
+        trained("", 1, 99.0),
+        trained("", 2, 101.0),
+        trained("--wdrop 0 ", 1, 128.0),
+    ]
+    benchmark.main(["table", "small", *map(str, runs), "--seeds", "--results", str(place)])
+    page = (place / "small.md").read_text(encoding="utf-8")
+    assert "`python train_awd.py --nhid 5 --epochs 3 --seed SEED`" in page
+    rows = cells(page[page.index("| what differs") :].split("<!--")[0])
+    assert [row["what differs"] for row in rows] == ["nothing", "`--wdrop 0`"]
+    assert [row["test ppl"] for row in rows] == ["99.00 101.00", "128.00 132.00"]
+    assert [row["times the first row's"] for row in rows] == ["1.000", "1.300"]
+    assert rows[1]["seeds"] == "1 2" and rows[1]["best epoch"] == "2 4"
 
 
 def test_rendering_again_changes_nothing(table, tiny_run, run, place):
@@ -384,6 +413,19 @@ def test_a_page_is_what_its_records_say(name):
         record = report.read_record(path)
         text = page.read_text(encoding="utf-8").split(f"<!-- {path.stem} -->\n")[1].split(f"<!-- /{path.stem} -->")[0]
         assert text.strip() == tables.RENDERERS[record["kind"]](record).strip(), path.name
+
+
+def test_quality_trains_and_scores(monkeypatch, tiny_corpus, tmp_path, capsys):
+    """Each candidate from each seed: the perplexity of a model that has learnt, in the table and the record."""
+    monkeypatch.setattr(benchmark, "Worker", partial(InProcess, kind=workers.Candidate))
+    flags = "--emsize 11 --nhid 11 --batch-size 7 --bptt 13 --lr 10"
+    argv = ["quality", "--data", str(tiny_corpus), "--only", "AWD-QRNN", "--seeds", "2", "--tokens", "3000"]
+    benchmark.main([*argv, f"--flags={flags}", "--record", "small", "--results", str(tmp_path), "--threads", "1"])
+    record = report.read_record(tmp_path / "awd" / "small.json")
+    assert [(row["name"], row["seed"]) for row in record["rows"]] == [("AWD-QRNN", 1), ("AWD-QRNN", 2)]
+    assert all(5 < row["test"] < 29.5 and len(row["ms"]) > 20 for row in record["rows"])
+    assert record["rows"][0]["test"] != record["rows"][1]["test"]
+    assert "| AWD-QRNN | 1 |" in capsys.readouterr().out and "1.000" in (tmp_path / "awd.md").read_text()
 
 
 PARAMETERS = {

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+import train_awd
 import train_rmc
 import train_rnn
 from models import build
-from utils import UserError, cli
+from utils import UserError, cli, optim, runtime, trainer
 from utils.peers import PEERS
 
 RNN = """
@@ -155,3 +156,208 @@ def test_a_folder_without_the_peer_is_refused(tmp_path):
     args, model = make(train_rnn, f"--recipe port {SIZES}")
     with pytest.raises(UserError, match=r"rnn_models\.py is not there: name a checkout of L0SG/[^\n]*$"):
         PEERS["port-rnn"](tmp_path, args, model)
+
+
+WEIGHT_DROP = """
+import torch
+
+class WeightDrop(torch.nn.Module):
+    def __init__(self, module, weights, dropout=0):
+        super().__init__()
+        (self.name,), self.module, self.dropout = weights, module, dropout
+        raw = getattr(module, self.name)
+        del module._parameters[self.name]
+        module.register_parameter(self.name + "_raw", torch.nn.Parameter(raw.data))
+
+    def forward(self, *args):
+        raw = getattr(self.module, self.name + "_raw")
+        setattr(self.module, self.name, torch.nn.functional.dropout(raw, p=self.dropout, training=self.training))
+        return self.module.forward(*args)
+"""
+AUTHORS = """
+import torch
+from torch import nn
+from embed_regularize import embedded_dropout
+from locked_dropout import LockedDropout
+from weight_drop import WeightDrop
+
+class RNNModel(nn.Module):
+    def __init__(self, kind, words, emsize, nhid, nlayers, dropout, dropouth, dropouti, dropoute, wdrop, tie_weights):
+        super().__init__()
+        sizes = [emsize] + [nhid] * (nlayers - 1) + [emsize]
+        self.encoder, self.decoder = nn.Embedding(words, emsize), nn.Linear(emsize, words)
+        self.decoder.weight, self.sizes, self.kind = self.encoder.weight, sizes[1:], kind
+        if kind == "QRNN":
+            from torchqrnn import QRNNLayer
+            pairs = zip(sizes, sizes[1:], [2] + [1] * nlayers)
+            self.rnns = nn.ModuleList(QRNNLayer(*pair) for pair in pairs)
+            for rnn in self.rnns:
+                rnn.linear = WeightDrop(rnn.linear, ["weight"], dropout=wdrop)
+        else:
+            self.rnns = nn.ModuleList(nn.LSTM(*pair) for pair in zip(sizes, sizes[1:]))
+            if wdrop:
+                self.rnns = nn.ModuleList(WeightDrop(rnn, ["weight_hh_l0"], dropout=wdrop) for rnn in self.rnns)
+        print("noise")
+
+    def reset(self):
+        for rnn in self.rnns:
+            rnn.before = 0
+
+    def init_hidden(self, batch):
+        zeros = [torch.zeros(1, batch, size) for size in self.sizes]
+        return zeros if self.kind == "QRNN" else [(zero, zero) for zero in zeros]
+
+    def forward(self, tokens, hidden, return_h):
+        x, new, raw = self.encoder(tokens), [], []
+        for rnn, state in zip(self.rnns, hidden):
+            x, state = rnn(x, state)
+            new.append(state)
+            raw.append(x)
+        return x.flatten(0, 1), new, raw, raw
+"""
+SPLITCROSS = """
+import torch
+
+class SplitCrossEntropyLoss(torch.nn.Module):
+    def __init__(self, size, splits, verbose):
+        super().__init__()
+
+    def forward(self, weight, bias, hidden, targets):
+        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight, bias), targets)
+"""
+SEED = """
+import torch
+from .forget_mult import ForgetMult
+
+class QRNNLayer(torch.nn.Module):
+    def __init__(self, input_size, hidden_size, window):
+        super().__init__()
+        self.linear, self.window = torch.nn.Linear(window * input_size, 3 * hidden_size), window
+
+    def forward(self, X, hidden):
+        if self.window == 2:
+            before = torch.cat([self.before + torch.zeros_like(X[:1]), X[:-1]])
+            self.before, X = X[-1:].detach(), torch.cat([X, before], 2)
+        z, f, o = self.linear(X).chunk(3, 2)
+        c = ForgetMult()(f.sigmoid(), z.tanh(), hidden)
+        return o.sigmoid() * c, c[-1:]
+"""
+FORGET_MULT = """
+import torch
+
+class ForgetMult(torch.nn.Module):
+    def forward(self, f, x, hidden):
+        h, result = hidden[0], []
+        for t in range(len(x)):
+            h = f[t] * x[t] + (1 - f[t]) * h
+            result.append(h)
+        return torch.stack(result)
+"""
+MARTYN = """
+import torch
+from torch import nn
+
+class Cell(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.i2h, self.h2h, self.size = nn.Linear(inputs, 4 * outputs), nn.Linear(outputs, 4 * outputs), outputs
+
+class Dropped(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.weight_raw = module, nn.Parameter(module.h2h.weight.data)
+
+    def forward(self, x, state):
+        cell = self.module
+        i, f, o, g = (cell.i2h(x) + x.new_zeros(1) + state[0] @ self.weight_raw.t() + cell.h2h.bias).chunk(4, 1)
+        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+class AWD_LSTM(nn.Module):
+    def __init__(self, words, emsize, nhid, device, dropout_wts, dropout_emb, dropout_inp, dropout_hid):
+        super().__init__()
+        self.embedding, self.decoder = nn.Embedding(words, emsize), nn.Linear(emsize, words)
+        self.sizes = (nhid, nhid, emsize)
+        self.layer0, self.layer1 = Dropped(Cell(emsize, nhid)), Dropped(Cell(nhid, nhid))
+        self.layer2 = Dropped(Cell(nhid, emsize))
+
+    def init_hiddens(self, batch):
+        return tuple([torch.zeros(batch, size) for size in self.sizes] for _ in range(2))
+
+    def forward(self, tokens, state):
+        (h, c), outputs = state, []
+        for x in self.embedding(tokens):
+            h, c = list(h), list(c)
+            for number, layer in enumerate((self.layer0, self.layer1, self.layer2)):
+                x = h[number], c[number] = layer(x, (h[number], c[number]))
+                x = x[0]
+            outputs.append(x)
+        self.output = torch.stack(outputs)
+        return self.decoder(self.output), (h, c)
+
+    def activation_reg(self, alpha):
+        return alpha * self.output.detach().pow(2).mean().item()
+
+    def temporal_activation_reg(self, beta):
+        return beta * 0.0
+"""
+
+
+def awd_peer(tmp_path, kind, flags):
+    """A stand-in of a peer, flags, and our model in training without dropout."""
+    for name, text in {
+        "model.py": AUTHORS, "weight_drop.py": WEIGHT_DROP, "splitcross.py": SPLITCROSS,
+        "embed_regularize.py": "embedded_dropout = None", "locked_dropout.py": "LockedDropout = None",
+        "model/net.py" if kind == "a-martyn" else "torchqrnn/qrnn.py": MARTYN if kind == "a-martyn" else SEED,
+        "torchqrnn/forget_mult.py": FORGET_MULT,
+    }.items():  # fmt: skip
+        if kind == "a-martyn" and name == "model.py":
+            continue
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    quiet = "--dropout 0 --dropouth 0 --dropouti 0 --dropoute 0 --wdrop 0 --clip 10 --lr 1.5 --wdecay 0.01 --bptt 10"
+    args, model = make(train_awd, f"--emsize 7 --nhid 11 --nlayers 3 {quiet} {flags}")
+    checkout = tmp_path if kind == "a-martyn" else (tmp_path, tmp_path)
+    return args, model, PEERS[kind](checkout, args, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    (("authors", ""), ("authors", "--wdrop 0.5"), ("authors", "--model QRNN"), ("a-martyn", "--alpha 0 --beta 0")),
+    ids=("LSTM", "LSTM weight drop", "QRNN", "a-martyn"),
+)
+def test_awd_peers_step_as_ours_and_give_their_weights_back(tmp_path, kind, flags, capsys):
+    """Losses of two windows of different lengths with carried state, an update each, then their weights in ours."""
+    args, model, peer = awd_peer(tmp_path, kind, flags)
+    assert "noise" not in capsys.readouterr().out
+    if args.wdrop:
+        model.eval()
+        peer.model.eval()
+    optimizer = optim.build_optimizer(args, model.parameters())
+    ours, theirs, clock = model.initial_state(3), peer.state(3), runtime.Clock(torch.device("cpu"))
+    for steps in (5, 13):
+        tokens, targets = torch.randint(13, (2, steps, 3))
+        mean, theirs = peer.loss(tokens, targets, theirs)
+        peer.backward(mean)
+        regularizer = model(tokens, targets, ours)[1]
+        loss, count, _, ours, _ = trainer.training_step(model, optimizer, tokens, targets, ours, args, clock)
+        torch.testing.assert_close(loss / count + regularizer.squeeze(), mean)
+        if kind == "a-martyn":
+            break  # its matrices are two, tied no more after an update
+    untied = build({**train_awd.model_config(args, 13), "tied": kind == "authors"})
+    before = untied.head.weight.clone()
+    untied.load_state_dict(peer.weights(untied))
+    assert not torch.equal(untied.head.weight, before)
+    for name, value in untied.core.state_dict().items():
+        torch.testing.assert_close(value, model.core.state_dict()[name], msg=name)
+
+
+def test_the_authors_weight_drop_lives_on(tmp_path):
+    """One evaluation and the next training step after it, which today's torch refuses without the repair."""
+    _, model, peer = awd_peer(tmp_path, "authors", "--wdrop 0.5")
+    tokens, targets = torch.randint(13, (2, 5, 3))
+    for training in (True, False, True):
+        peer.model.train(training)
+        loss, _ = peer.loss(tokens, targets, peer.state(3))
+    peer.backward(loss)
+    assert model.core.layers[0].dropped.shape == (44, 11)

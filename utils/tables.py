@@ -1,5 +1,6 @@
 """Records as the cells of markdown tables."""
 
+import re
 import statistics
 
 from . import UserError, report
@@ -62,6 +63,45 @@ def table_text(records):
     """The markdown table of run records, best test perplexity first."""
     ordered = sorted(records, key=lambda record: record["results"]["test"]["perplexity"])
     return report.markdown_table(COLUMNS, [table_row(record) for record in ordered])
+
+
+SEED_COLUMNS = (
+    "what differs",
+    "seeds",
+    "valid ppl",
+    "test ppl",
+    "best epoch",
+    "mean test ppl",
+    "times the first row's",
+)
+
+
+def seeds_text(records):
+    """The markdown table of runs that differ in their seeds and in some flags: a row a setting, best mean first."""
+    settings = {}
+    for record in records:
+        settings.setdefault(tuple(_setting(record["command"])), []).append(record)
+    shared = set.intersection(*map(set, settings))
+    rows = []
+    for setting, runs in settings.items():
+        runs.sort(key=lambda record: record["config"]["seed"])
+        scores = [[record["results"][split]["perplexity"] for record in runs] for split in ("valid", "test")]
+        cells = [" ".join(f"`{flag}`" for flag in setting if flag not in shared) or "nothing"]
+        cells += [" ".join(str(record["config"]["seed"]) for record in runs)]
+        cells += [" ".join(f"{score:.2f}" for score in split) for split in scores]
+        cells += [" ".join(str(record["results"]["test"]["epoch"]) for record in runs)]
+        rows.append((statistics.mean(scores[1]), cells))
+    rows.sort(key=lambda row: row[0])
+    first = rows[0][0]
+    rows = [[*cells, f"{mean:.2f}", f"{mean / first:.3f}"] for mean, cells in rows]
+    command = " ".join(sorted(shared, key=_setting(records[0]["command"]).index))
+    return f"What all have in common: `{command} --seed SEED`\n\n{report.markdown_table(SEED_COLUMNS, rows)}"
+
+
+def _setting(command):
+    """A command's script and flags, each with its values, without those that name a run."""
+    flags = re.split(r" (?=--)", command)
+    return [flag for flag in flags if not flag.startswith(("--seed", "--name", "--save", "--runs-dir"))]
 
 
 def spread(values, digits=0):
