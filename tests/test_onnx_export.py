@@ -27,6 +27,9 @@ CONFIGS = {
     "QRNN": ("qrnn", {**RNN, "window": 3, "zoneout": 0.2}),
     "QRNN ifo": ("qrnn", {**RNN, "window": 1, "mode": "ifo", "candidate": "softplus"}),
     "RMC no gates": ("rmc", {**RMC, "gatestyle": "none"}),
+    "AWD-LSTM": ("awd", {"model": "LSTM", **RNN, "tied": True, "wdrop": 0.5, "dropouth": 0.3}),
+    "AWD-GRU": ("awd", {"model": "GRU", **RNN, "tied": False, "wdrop": 0.5}),
+    "AWD-QRNN": ("awd", {"model": "QRNN", **RNN, "tied": True, "wdrop": 0.5}),
 }
 
 
@@ -48,7 +51,7 @@ def test_onnxruntime_agrees(family, core, cutoffs, tmp_path):
     model = build({"family": family, "core": core, "vocab_size": 13, "tied": False, "cutoffs": cutoffs}).eval()
     onnx_export.export(model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    step = 1 if family in ("rmc", "qrnn") or core.get("loop") else 4
+    step = 1 if model.core.loop else 4
     for length, batch in ((5, 2), (8, 1), (5, 7)):
         tokens, state = torch.randint(13, (length, batch)), model.initial_state(batch)
         with torch.no_grad():

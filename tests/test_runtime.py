@@ -298,6 +298,8 @@ DEVICES = {
     "RMC": ("rmc", {"emsize": 5, "headsize": 3}),
     "RMC adaptive": ("rmc", {"emsize": 5, "headsize": 3}),
     "QRNN": ("qrnn", {"emsize": 5, "nhid": 7, "nlayers": 2, "window": 3, "mode": "ifo"}),
+    "AWD-LSTM split": ("awd", {"model": "LSTM", "emsize": 5, "nhid": 7, "nlayers": 3, "tied": True}),
+    "AWD-QRNN": ("awd", {"model": "QRNN", "emsize": 5, "nhid": 7, "nlayers": 3, "tied": True}),
 }
 
 
@@ -306,8 +308,10 @@ def test_a_step_on_several_devices_equals_one_on_one(config):
     """Loss, count, gradient norm, state and updated weights; a target paired with another column's word would show."""
     torch.manual_seed(0)
     family = dict(zip(("family", "core"), DEVICES[config], strict=True))
-    cutoffs = [3, 7] if config == "RMC adaptive" else None
-    whole = build({**family, "vocab_size": 13, "tied": False, "cutoffs": cutoffs}).double()
+    others = {"cutoffs": [3, 7] if config in ("RMC adaptive", "AWD-LSTM split") else None}
+    if config.startswith("AWD"):
+        others |= {"splitcross": True, "alpha": 2.0, "beta": 1.0, "ar_norm": "l2"}
+    whole = build({**family, "vocab_size": 13, "tied": config.startswith("AWD"), **others}).double()
     parts = copy.deepcopy(whole)
     tokens, targets = torch.randint(13, (2, 3, 12))
     args = Namespace(amp="off", clip=0.1, average="targets", bptt=5, variable_bptt=False)

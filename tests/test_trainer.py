@@ -115,25 +115,35 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
+@pytest.fixture
+def train_and_die(train, monkeypatch):
+    """train_and_die(BATCHES, *FLAGS): as train, but the process ends after so many batches."""
+
+    def run(batches, *flags):
+        step, done = trainer.training_step, []
+
+        def dying_step(*args):
+            if len(done) == batches:
+                raise Killed
+            done.append(1)
+            return step(*args)
+
+        monkeypatch.setattr(trainer, "training_step", dying_step)
+        with pytest.raises(Killed):
+            train(*flags)
+        monkeypatch.setattr(trainer, "training_step", step)
+
+    return run
+
+
 @pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("batches", [57, 91 + 33], ids=["in the first epoch", "in the second"])
-def test_resume_equals_an_uninterrupted_run(flags, batches, train, tmp_path, monkeypatch):
+def test_resume_equals_an_uninterrupted_run(flags, batches, train, train_and_die, tmp_path):
     """A run that dies between two checkpoints and goes on ends bit for bit like one that never stopped."""
     flags = [*flags, "--checkpoint-every", "10", "--epochs", "3", "--plateau-patience", "0"]
     train(*flags, "--name", "whole")
-    step, done = trainer.training_step, []
-
-    def dying_step(*args):
-        if len(done) == batches:
-            raise Killed
-        done.append(1)
-        return step(*args)
-
-    monkeypatch.setattr(trainer, "training_step", dying_step)
-    with pytest.raises(Killed):
-        train(*flags, "--name", "cut")
+    train_and_die(batches, *flags, "--name", "cut")
     assert last(tmp_path, "cut")["position"]["batch"] == batches % 91 // 10 * 10
-    monkeypatch.setattr(trainer, "training_step", step)
     torch.manual_seed(99)
     record = train(*flags, "--resume", "cut")
     assert record["status"] == "finished" and record["epochs"] == 3
@@ -151,23 +161,12 @@ def switch(lines):
 
 
 @pytest.mark.parametrize("batches", [40, 130, 210], ids=["before", "about", "after the switch"])
-def test_resume_across_the_switch_to_averaging(batches, train, tmp_path, monkeypatch):
+def test_resume_across_the_switch_to_averaging(batches, train, train_and_die, tmp_path):
     """NT-ASGD with windows of variable length: dead and resumed before and after it, the run ends as if it had not."""
     flags = ["--optimizer=ntasgd", "--lr=200", "--clip=0.25", "--nonmono=1", "--variable-bptt", "--bptt-max=17"]
     flags += ["--epochs=6", "--checkpoint-every=7"]
     train(*flags, "--name", "whole")
-    step, done = trainer.training_step, []
-
-    def dying_step(*args):
-        if len(done) == batches:
-            raise Killed
-        done.append(1)
-        return step(*args)
-
-    monkeypatch.setattr(trainer, "training_step", dying_step)
-    with pytest.raises(Killed):
-        train(*flags, "--name", "cut")
-    monkeypatch.setattr(trainer, "training_step", step)
+    train_and_die(batches, *flags, "--name", "cut")
     train("--resume", "cut", "--epochs=6")
     assert_same(what_training_knows(last(tmp_path, "cut")), what_training_knows(last(tmp_path, "whole")))
     logs = [numbers(tmp_path / "runs" / name / "train_log.txt") for name in ("cut", "whole")]
