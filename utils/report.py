@@ -257,6 +257,7 @@ def draw_curves(path, history, title):
     lowest = min(range(len(valid)), key=valid.__getitem__)
     if math.isfinite(valid[lowest]):
         place = {"textcoords": "offset points", "xytext": (0, -14), "ha": "center"}
+        place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.9}  # over the training curve
         top.annotate(f"{valid[lowest]:.2f}", (ends[lowest], valid[lowest]), color="C0", **place)
     top.yaxis.set_major_formatter("{x:g}")
     top.yaxis.set_minor_formatter("{x:g}")
