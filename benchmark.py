@@ -95,11 +95,11 @@ def chosen(args):
     if not names:
         raise UserError(f"--only {' '.join(args.only)} names no candidate: there are {', '.join(every)}")
     checkouts = {"port-rnn": args.port, "port-rmc": args.port, "example": args.example, "a-martyn": args.martyn}
+    checkouts["authors"] = args.awd and (args.awd, args.qrnn)
     found = {name: (*every[name], None, None, args) for name in names}
-    for peer, name in dict.fromkeys(rival for chosen_name in names for rival in RIVALS.get(chosen_name, ())):
-        checkout = checkouts.get(peer) or (args.awd and peer == "authors" and (args.awd, args.qrnn))
-        if checkout:
-            found[rival_name((peer, name))] = (*CANDIDATES[name], peer, checkout, args)
+    for peer, taken in dict.fromkeys(rival for name in names for rival in RIVALS.get(name, ())):
+        if checkouts[peer]:
+            found[rival_name((peer, taken))] = (*CANDIDATES[taken], peer, checkouts[peer], args)
     return found
 
 

@@ -22,7 +22,7 @@ def build(config):
     """The LanguageModel that a plain dictionary describes; checkpoints keep this dictionary.
 
     config: {"family": a key of CORES, "core": the arguments of that core, and those of LanguageModel
-        ("vocab_size", "tied", "dropouti", "dropout", "cutoffs", "init")}.
+        ("vocab_size", "tied", "dropouti", ...)}.
 
     Raises ModelError for an unknown family or sizes that do not fit each other.
     """

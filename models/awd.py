@@ -36,8 +36,7 @@ class RecurrentLayer(nn.Module):
     def carry(self, x, state, weight):
         """x (T, B, input_size), state, the hidden-to-hidden weights -> output (T, B, H), state after the last step."""
         w_ih, _, *biases = layer_weights(self.rnn)
-        output, after = run_layer(self.model, x, (w_ih, weight, *biases), state, self.loop)
-        return output, tuple(new.to(old.dtype) for new, old in zip(after, state, strict=True))
+        return run_layer(self.model, x, (w_ih, weight, *biases), state, self.loop)
 
 
 class AWD(Stack):

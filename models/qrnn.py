@@ -95,14 +95,13 @@ class QRNNLayer(nn.Module):
         return (c, zeros(self.window - 1, batch_size, self.input_size)) if self.window > 1 else (c,)
 
     def carry(self, x, state, weight=None):
-        """x (T, B, input_size), state as initial_state has it -> h (T, B, H), state after the last step in its dtype.
+        """x (T, B, input_size), state as initial_state has it -> h (T, B, H), state after the last step.
 
         weight: in the place of linear.weight.
         """
         previous = state[1].to(x.dtype) if self.window > 1 else None
         output, c, previous = self.walk(x, state[0][0], previous, weight=weight)
-        after = (c[None], previous) if self.window > 1 else (c[None],)
-        return output, tuple(new.to(old.dtype) for new, old in zip(after, state, strict=True))
+        return output, (c[None], previous) if self.window > 1 else (c[None],)
 
     def walk(self, x, c=None, previous=None, there=None, weight=None):
         """The layer with its whole state as argument and result.

@@ -22,8 +22,9 @@ class Stack(nn.Module):
         """x (T, B, E), state -> output (T, B, H), state after the last step in its dtype."""
         parts, after = iter(state), []
         for number, layer in enumerate(self.layers):
-            x, own = self.carry(layer, x, [next(parts) for _ in range(layer.states)])
-            after += own
+            before = [next(parts) for _ in range(layer.states)]
+            x, own = self.carry(layer, x, before)
+            after += (new.to(old.dtype) for new, old in zip(own, before, strict=True))
             if number + 1 < len(self.layers):
                 x = self.between(x)
         return x, tuple(after)

@@ -81,7 +81,7 @@ class Average:
                 change = "Switching to ASGD: from here on the mean of the weights is evaluated"
             elif self.args.finetune:
                 self.stop = True
-                change = f"Stopping: the validation loss is not better than more than {n} epochs ago"
+                change = f"Stopping: the validation loss no longer falls (--nonmono {n}, --nt-rule {self.args.nt_rule})"
         self.losses.append(valid_loss)
         return change
 
