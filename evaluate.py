@@ -1,27 +1,60 @@
-"""Perplexity of a checkpoint of any family on the valid and test split of a corpus, or on any text."""
+"""Perplexity of a checkpoint of any family on the valid and test split of a corpus, or on any text.
+
+As it was trained, or adapted while it reads: with a cache of recent words (--pointer), by dynamic evaluation, by both.
+"""
+
+import time
 
 from data import find_corpus
 from data.corpus import encode_file, read_blocks, split_file
-from utils import checkpoint, cli, evaluation, report, runtime
+from models.awd import MODELS
+from utils import UserError, adaptation, checkpoint, cli, evaluation, report, runtime
+
+GROUPS = {
+    "pointer": ("theta", "lambdasm", "window", "pointer_start"),
+    "dynamic": ("lr", "lamb", "epsilon", "max_batches"),
+    "tune": ("tune_tokens",),
+}
+"""Flags that only mean something beside another one."""
+SEGMENT = 20
+"""Words that dynamic evaluation learns from at once, if --bptt does not say."""
+RATE, PULL = 5e-5, 2e-3
+"""Defaults of --lr and --lamb per 5 words of a segment, those of benkrause/dynamic-evaluation."""
 
 
-def score_splits(model, vocabulary, folder, args):
+def score_splits(model, vocabulary, folder, args, roots):
     """Print loss and perplexity of valid and test, read with the model's vocabulary."""
+    adapted = settings(args)
     for split in ("valid", "test"):
         ids, unknown = encode_file(split_file(folder, split), vocabulary)
-        score = evaluation.evaluate(model, ids, args.eval_batch, args.amp, f"{split}, batch {args.eval_batch}")
+        label, start = f"{split}, batch {args.eval_batch}", time.monotonic()
+        if adapted:
+            score = evaluation.mean_score(adaptation.read(model, ids, args, roots, label))
+        else:
+            score = evaluation.evaluate(model, ids, args.eval_batch, args.amp, label)
         note = f" | {unknown:,} unknown words" if unknown else ""
         report.say(
             f"| {split:5s} | loss {score.loss:7.4f} | ppl {score.perplexity:8.2f} | {score.targets:,} targets | "
-            f"batch {score.batch_size}{note}"
+            f"batch {score.batch_size}{note}" + (f" | {adapted} | {time.monotonic() - start:.0f} s" if adapted else "")
         )
 
 
-def score_text(model, vocabulary, path, args):
+def settings(args):
+    """The flags of the adaptation that is asked for, "" without any."""
+    names = ["temperature"] if args.temperature != 1 else []
+    names += GROUPS["pointer"] if args.pointer else ()
+    if args.dynamic:
+        names += ["dynamic", "lr", "lamb", *(["epsilon"] if args.dynamic == "rms" else []), "bptt"]
+    values = ((name.replace("_", "-"), getattr(args, name)) for name in names)
+    return " ".join(f"--{name} {value if isinstance(value, str) else format(value, '.4g')}" for name, value in values)
+
+
+def score_text(model, vocabulary, path, args, roots):
     """Print the log probability of every word of a text file, and the perplexity of each line and of the whole."""
     lines = [line.split() for block in read_blocks(path) for line in block.split("\n")[:-1]]
     total = words = unknown = 0
-    for number, line in enumerate(evaluation.score_words(model, vocabulary, lines, args.amp), 1):
+    scored = evaluation.score_words(vocabulary, lines, lambda ids: adaptation.read(model, ids, args, roots, str(path)))
+    for number, line in enumerate(scored, 1):
         loss = -sum(log_prob for _, log_prob, _ in line)
         missing = sum(not known for _, _, known in line)
         total, words, unknown = total + loss, words + len(line), unknown + missing
@@ -39,7 +72,8 @@ def score_text(model, vocabulary, path, args):
 def build_parser():
     """The flags of this script."""
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--checkpoint", default="./model.pt", metavar="PATH", help="what training saved")
+    parser.add_argument("--checkpoint", "--save", default="./model.pt", metavar="PATH", help="what training saved")
+    parser.add_argument("--model", choices=MODELS, help="the AWD model that it must be; nothing else depends on it")
     parser.add_argument("--data", help="corpus folder or name; the one that the model was trained on if not given")
     parser.add_argument("--text", metavar="FILE", help="score this text by line and word instead of a corpus")
     parser.add_argument(
@@ -49,19 +83,95 @@ def build_parser():
         metavar="N",
         help=f"columns; 1 is exact, wider is faster, each column then reads {evaluation.WARMUP} tokens before its own",
     )
+    add_adaptation(parser)
     cli.add_runtime(parser)
     return parser
 
 
+def add_adaptation(parser):
+    """What the model may do with the words that it has read; always in one column."""
+    group = parser.add_argument_group("adaptation")
+    group.add_argument(
+        "--temperature", type=cli.positive, default=1.0, metavar="T", help="logits are divided by it; 1: as trained"
+    )
+    group.add_argument("--pointer", action="store_true", help="continuous cache of the words read last")
+    group.add_argument("--theta", type=cli.non_negative, default=0.6625523432485668, help="sharpness of the cache")
+    group.add_argument("--lambdasm", type=cli.probability, default=0.12785920428335693, help="weight of the cache")
+    group.add_argument("--window", type=cli.positive_int, default=3785, metavar="N", help="words in the cache")
+    group.add_argument(
+        "--pointer-start",
+        choices=adaptation.STARTS,
+        default="first",
+        help="the cache speaks from the first word on, or as published once its window is full",
+    )
+    group.add_argument(
+        "--dynamic",
+        nargs="?",
+        const="rms",
+        choices=adaptation.RULES,
+        help="learn from each segment after scoring it; rms if no rule is named",
+    )
+    group.add_argument("--lr", type=cli.positive, help=f"rate of --dynamic; {RATE:g} for each 5 words if not given")
+    group.add_argument("--lamb", type=cli.number(float, 0, 1), help=f"pull to the trained weights; likewise {PULL:g}")
+    group.add_argument("--epsilon", type=cli.positive, default=2e-5, help="added to the root of squares of rule rms")
+    group.add_argument(
+        "--bptt",
+        type=cli.positive_int,
+        metavar="T",
+        help=f"words of a segment of --dynamic; {SEGMENT} if not given; without --dynamic it changes nothing",
+    )
+    group.add_argument(
+        "--max-batches", type=cli.positive_int, metavar="N", help="of the training text, for rms; all if not given"
+    )
+    group.add_argument(
+        "--tune", action="store_true", help="choose the flags of this group that are not given on the valid split"
+    )
+    group.add_argument(
+        "--tune-tokens", type=cli.number(int, 2), default=30_000, metavar="N", help="of its beginning; fewer are faster"
+    )
+
+
+def parse(argv=None):
+    """The flags, and the names of those that were given. Errors end the program with one line and exit code 2."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    given = cli.given_flags(parser, argv, args)
+    for switch, names in GROUPS.items():
+        for name in names:
+            if name in given and not getattr(args, switch):
+                parser.error(f"--{name.replace('_', '-')} goes with --{switch}, which is not given")
+    if args.eval_batch > 1 and (args.pointer or args.dynamic or args.tune or args.temperature != 1):
+        parser.error(f"adaptation reads one column: leave out --eval-batch {args.eval_batch}")
+    if args.tune and args.text:
+        parser.error("--tune needs the valid split of a corpus: tune without --text, then give what it chose")
+    if args.dynamic:
+        args.bptt = args.bptt or SEGMENT
+        args.lr = args.lr or RATE * args.bptt / 5
+        args.lamb = min(1.0, PULL * args.bptt / 5) if args.lamb is None else args.lamb
+    args.bptt = args.bptt or evaluation.STEPS
+    return args, given
+
+
 def main(argv=None):
-    """Parse flags, load the checkpoint, score."""
-    args = build_parser().parse_args(argv)
+    """Parse flags, load the checkpoint, tune, score."""
+    args, given = parse(argv)
     device, _ = runtime.setup(args)
     model, vocabulary, saved = checkpoint.load_model(args.checkpoint, device)
+    kind = saved["config"]["core"].get("model", saved["config"]["family"])
+    if args.model not in (None, kind):
+        raise UserError(f"{args.checkpoint} holds a model of kind {kind}, not {args.model}: leave out --model")
+    folder, roots = args.data or saved["args"]["data"], None
+    if args.dynamic == "rms":
+        text, _ = encode_file(split_file(find_corpus(folder), "train"), vocabulary)
+        roots = adaptation.gradient_roots(model, text, args.bptt, args.amp, args.max_batches)
+    if args.tune:
+        ids, _ = encode_file(split_file(find_corpus(folder), "valid"), vocabulary)
+        adaptation.tune(model, ids[: args.tune_tokens + 1], args, given, roots)
+        report.say(f"| chosen on {min(args.tune_tokens, len(ids) - 1):,} words of valid | {settings(args)}")
     if args.text:
-        score_text(model, vocabulary, args.text, args)
+        score_text(model, vocabulary, args.text, args, roots)
     else:
-        score_splits(model, vocabulary, find_corpus(args.data or saved["args"]["data"]), args)
+        score_splits(model, vocabulary, find_corpus(folder), args, roots)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,20 @@ def columns(ids, batch_size):
     return torch.from_numpy(np.ascontiguousarray(ids[: length * batch_size].reshape(batch_size, length).T, np.int64))
 
 
+def column_starts(length, count, seed):
+    """Where each of `count` columns of `length` words starts, for `rotated`: (1, count). seed fixes it."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(length, size=(1, count)))
+
+
+def rotated(stream, starts):
+    """Each column of a stream (N, B) from its own start (1, B) to its end and on from its beginning, (N, B).
+
+    The partial shuffle of Press 2019 (arXiv 1903.04167).
+    """
+    rows = (torch.arange(len(stream))[:, None] + starts) % len(stream)
+    return stream.gather(0, rows.to(stream.device))
+
+
 def window_lengths(steps, bptt):
     """How `steps` steps are cut into windows of `bptt`: their lengths, the last one shorter."""
     return [min(bptt, steps - begin) for begin in range(0, steps, bptt)]

@@ -85,7 +85,9 @@ class RNN(nn.Module):
 
     def forward(self, x, state):
         """x (T, B, E), state as initial_state gives it -> output (T, B, H), state after the last step in its dtype."""
-        if self.loop or own_lstm(self.model, x, self.output_size):
+        # cuDNN differentiates only what it is told is training, which the module ties to dropout
+        learning = torch.is_grad_enabled() and not self.training
+        if self.loop or learning or own_lstm(self.model, x, self.output_size):
             output, new_state = self._stack(x, state)
         elif self.model == "LSTM":
             output, new_state = self.rnn(x, state)

@@ -6,7 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.batching import columns, scored_columns, variable_lengths, window_lengths, windows
+from data.batching import (
+    column_starts,
+    columns,
+    rotated,
+    scored_columns,
+    variable_lengths,
+    window_lengths,
+    windows,
+)
 from data.files import CorpusError
 
 ALPHABET = np.array([ord(letter) for letter in "abcdefghijklmnopqrstuvwxyz"], np.int32)
@@ -51,6 +59,22 @@ def test_columns_without_a_target_are_refused(count, batch_size):
     assert str(error.value).startswith(f"{count} tokens can't fill {batch_size} columns")
     assert "--batch-size" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_rotated_columns():
+    """Each from its own start around its end; the stream itself stays."""
+    stream = columns(ALPHABET, 4)
+    rows = ["".join(map(chr, row)) for row in rotated(stream, torch.tensor([[0, 1, 5, 2]])).tolist()]
+    assert rows == ["ahru", "bimv", "cjnw", "dkox", "elps", "fgqt"]
+    assert "".join(map(chr, stream[0].tolist())) == "agms"
+
+
+def test_starts_of_columns_differ_and_are_fixed_by_the_seed():
+    """Any of the words, alike for each column and epoch; so for 3,000 columns of 7 words within 5 deviations."""
+    starts = column_starts(7, 3000, [5, 1])
+    assert starts.shape == (1, 3000) and torch.equal(starts, column_starts(7, 3000, [5, 1]))
+    assert not torch.equal(starts, column_starts(7, 3000, [5, 2]))
+    assert (starts[0].bincount(minlength=7) - 3000 / 7).abs().max() < 5 * 20
 
 
 @given(count=st.integers(2, 300), batch_size=st.integers(1, 19), bptt=st.integers(1, 41))

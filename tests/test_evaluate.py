@@ -122,7 +122,9 @@ def test_the_total_is_that_of_score_words(printed, tiny_checkpoint, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(LINES) + "\n", encoding="utf-8")
     model, vocabulary, _ = checkpoint.load_model(tiny_checkpoint, torch.device("cpu"))
-    scored = evaluation.score_words(model, vocabulary, [line.split() for line in LINES])
+    scored = evaluation.score_words(
+        vocabulary, [line.split() for line in LINES], lambda ids: evaluation.trace(model, ids)[0][:, 0]
+    )
     log_probs = [log_prob for line in scored for _, log_prob, _ in line]
     loss = TOTAL.fullmatch(printed("--text", path)[-1]).group(4)
     assert loss == f"{-sum(log_probs) / len(log_probs):.4f}"
@@ -154,3 +156,114 @@ def test_mistakes_are_one_line(fails, monkeypatch, tiny_checkpoint, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="sees no GPU"):
         evaluate.main(["--checkpoint", str(tiny_checkpoint), "--cuda"])
+
+
+ADAPTED = re.compile(r"\| (\w+) +\| loss +(\S+) \| ppl +(\S+) \| ([\d,]+) targets \| batch 1 \| (--.*) \| \d+ s")
+
+POINTER = (
+    "--save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000 --data data/penn",
+    "--save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000 --data data/penn --model QRNN",
+    "--save WT2.pt --lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --data data/wikitext-2",
+    "--save WT2.pt --lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --model QRNN --data data/wikitext-2",
+)
+
+
+@pytest.mark.parametrize("line", POINTER)
+def test_published_pointer_lines(line):
+    """Those of salesforce/awd-lstm-lm, with --pointer, mean what they say there."""
+    args, given = evaluate.parse(["--pointer", *line.split()])
+    want = dict(zip(line.split()[::2], line.split()[1::2], strict=True))
+    assert given["pointer"] is True and len(given) == 1 + len(want)
+    assert args.checkpoint == want.pop("--save")
+    for flag, value in want.items():
+        assert str(getattr(args, flag[2:])) == value or getattr(args, flag[2:]) == float(value)
+
+
+def test_defaults_of_the_adaptation():
+    """Those of pointer.py; rates per 5 words of a segment, so that twice the segment has twice the rate and pull."""
+    args, _ = evaluate.parse([])
+    assert (args.theta, args.lambdasm, args.window) == (0.6625523432485668, 0.12785920428335693, 3785)
+    assert (args.pointer, args.dynamic, args.temperature, args.bptt) == (False, None, 1.0, evaluation.STEPS)
+    for words, flags in ((20, []), (5, ["--bptt", "5"])):
+        args, _ = evaluate.parse(["--dynamic", *flags])
+        assert (args.dynamic, args.bptt, args.epsilon) == ("rms", words, 2e-5)
+        assert (args.lr, args.lamb) == pytest.approx((5e-5 * words / 5, 2e-3 * words / 5))
+    assert evaluate.parse(["--dynamic", "sgd", "--lr", "3", "--lamb", "0"])[0].lamb == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--pointer", "--theta", "0.3", "--lambdasm", "0.2", "--window", "7"],
+        ["--pointer", "--pointer-start", "window", "--window", "7"],
+        ["--dynamic", "--lr", "1e-4", "--max-batches", "3"],
+        ["--dynamic", "sgd", "--lr", "0.1", "--bptt", "5"],
+        ["--dynamic", "--pointer", "--temperature", "1.1"],
+        ["--temperature", "1.1"],
+    ],
+    ids=" ".join,
+)
+def test_adapted_figures(flags, printed, results, tiny_checkpoint):
+    """Other losses than the plain model's, of the same targets, with the settings beside them; twice the same; the
+    checkpoint is not touched."""
+    before = tiny_checkpoint.read_bytes()
+    rows = [ADAPTED.fullmatch(line).groups() for line in printed(*flags)]
+    assert [row[0] for row in rows] == ["valid", "test"]
+    for split, loss, perplexity, targets, settings in rows:
+        assert targets == f"{results[split]['targets']:,}"
+        assert float(loss) != round(results[split]["loss"], 4)
+        assert math.isclose(math.exp(float(loss)), float(perplexity), rel_tol=1e-3)
+        assert all(f"{flag}" in settings for flag in flags if flag.startswith("--") and flag != "--max-batches")
+    again = [ADAPTED.fullmatch(line).groups() for line in printed(*flags)]
+    assert again == rows and tiny_checkpoint.read_bytes() == before
+
+
+def test_the_settings_shown_give_the_figures_shown(printed):
+    """--tune says what it chose as flags; with them, the same perplexities. It tried nothing on test."""
+    *told, chosen, valid, test = printed("--pointer", "--dynamic", "--tune", "--tune-tokens", "200")
+    assert any(line.startswith("| tried lr") for line in told) and "200 words of valid" in chosen
+    rows = [ADAPTED.fullmatch(line).groups() for line in (valid, test)]
+    assert rows[0][4] == rows[1][4] == chosen.split(" | ")[1]
+    again = [ADAPTED.fullmatch(line).groups() for line in printed("--pointer", "--dynamic", *rows[0][4].split())]
+    assert [float(row[1]) for row in again] == pytest.approx([float(row[1]) for row in rows], abs=2e-4)
+
+
+def test_the_search_sees_valid_alone(printed, tiny_corpus, tmp_path):
+    """Other text in test.txt changes nothing of what is chosen."""
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_corpus, folder)
+    (folder / "test.txt").write_text("the w3 w3 w3\n" * 20, encoding="utf-8")
+    flags = ("--pointer", "--tune", "--tune-tokens", "150")
+    assert printed(*flags)[:-2] == printed(*flags, "--data", folder)[:-2]
+
+
+def test_a_text_is_adapted_too(printed, tmp_path):
+    """The cache makes a word that was there more probable."""
+    path = tmp_path / "text.txt"
+    path.write_text("w3 w6\n" * 30, encoding="utf-8")
+    lines = [printed("--text", path, *flags)[-1] for flags in ([], ["--pointer"])]
+    plain, cached = (float(TOTAL.fullmatch(line).group(4)) for line in lines)
+    assert cached < plain
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--theta", "1"], ["--theta goes with --pointer"]),
+        (["--pointer-start", "window"], ["--pointer-start goes with --pointer"]),
+        (["--lamb", "0.1"], ["--lamb goes with --dynamic"]),
+        (["--max-batches", "1"], ["--max-batches goes with --dynamic"]),
+        (["--tune-tokens", "9"], ["--tune-tokens goes with --tune"]),
+        (["--pointer", "--eval-batch", "10"], ["--eval-batch 10", "one column"]),
+        (["--tune", "--text", "x"], ["--tune", "without --text"]),
+        (["--dynamic", "adam"], ["--dynamic", "rms", "sgd"]),
+        (["--pointer", "--lambdasm", "1"], ["--lambdasm", "0.999"]),
+        (["--temperature", "0"], ["--temperature", "above 0"]),
+        (["--model", "QRNN"], ["LSTM", "not QRNN", "leave out --model"]),
+    ],
+    ids=" ".join,
+)
+def test_adaptation_mistakes_are_one_line(flags, words, fails, tiny_checkpoint):
+    """What does not go together, what is out of range, a checkpoint of another model."""
+    message = fails(evaluate.main, "--checkpoint", tiny_checkpoint, *flags)
+    assert all(word in message for word in words), message

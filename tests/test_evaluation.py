@@ -12,7 +12,7 @@ from data.corpus import Corpus, Vocabulary
 from data.files import CorpusError
 from models import RNN, LanguageModel
 from utils import evaluation
-from utils.evaluation import Score, evaluate, perplexity, score_words
+from utils.evaluation import Score, evaluate, perplexity, score_words, trace
 
 KINDS = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 VOCAB = 13
@@ -79,6 +79,11 @@ def in_columns(surprisals):
 def vocabulary():
     """<eos>, which is not word 0, <unk> and eleven letters."""
     return Vocabulary(["a", "<eos>", "b", "<unk>", *"cdefghijk"], [1] * VOCAB)
+
+
+def words_of(model, vocabulary, lines, amp="off"):
+    """score_words by the model as it is."""
+    return score_words(vocabulary, lines, lambda ids: trace(model, ids, amp=amp)[0][:, 0])
 
 
 @pytest.fixture
@@ -193,8 +198,8 @@ def test_no_graph_is_recorded(build, vocabulary, ids):
     model, outputs = build(), []
     model.core.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
     evaluate(model, ids, 3)
-    score_words(model, vocabulary, LINES)
-    assert [output.requires_grad for output in outputs] == [False] * (2 + len(LINES))
+    words_of(model, vocabulary, LINES)
+    assert [output.requires_grad for output in outputs] == [False] * 3
 
 
 def test_a_label_changes_nothing_but_the_display(build, ids, steps):
@@ -218,13 +223,13 @@ def test_a_large_vocabulary_makes_short_windows(build, vocabulary, surprisals, m
     """The log probabilities of a text are never kept for more steps than LOGITS allows, at least one; same result."""
     model = build(KINDS[0])
     lines = [["a", "b", "c", "d"], ["e"]]
-    whole = evaluation.score_words(model, vocabulary, lines)
+    whole = words_of(model, vocabulary, lines)
     lengths = []
     original = model.log_probs
     monkeypatch.setattr(model, "log_probs", lambda hidden: (lengths.append(len(hidden)), original(hidden))[1])
     for limit, longest in ((2 * VOCAB + 1, 2), (1, 1)):
         monkeypatch.setattr(evaluation, "LOGITS", limit)
-        parts = evaluation.score_words(model, vocabulary, lines)
+        parts = words_of(model, vocabulary, lines)
         assert max(lengths) == longest
         lengths.clear()
         for one, other in zip(chain(*whole), chain(*parts), strict=True):
@@ -249,7 +254,7 @@ def test_words_are_scored_as_in_one_pass(build, vocabulary, surprisals, steps, k
     words = [word for line in LINES for word in [*line, "<eos>"]]
     ids = np.array([vocabulary.ids.get(word, 3) for word in ["<eos>", *words]], np.int32)
     expected = [-loss for loss in surprisals(model, ids)]
-    scored = score_words(model, vocabulary, LINES)
+    scored = words_of(model, vocabulary, LINES)
     assert [[word for word, _, _ in line] for line in scored] == [[*line, "<eos>"] for line in LINES]
     assert [log_prob for line in scored for _, log_prob, _ in line] == pytest.approx(expected, abs=1e-5)
     total = math.fsum(log_prob for line in scored for _, log_prob, _ in line)
@@ -260,7 +265,7 @@ def test_words_are_scored_as_in_one_pass(build, vocabulary, surprisals, steps, k
 def test_unknown_words_are_marked(build, vocabulary):
     """They get the probability of <unk>, but are told from an <unk> of the text."""
     model = build()
-    unknown, known = (score_words(model, vocabulary, [[word]])[0][0] for word in ("nowhere", "<unk>"))
+    unknown, known = (words_of(model, vocabulary, [[word]])[0][0] for word in ("nowhere", "<unk>"))
     assert (unknown[0], unknown[2], known[0], known[2]) == ("nowhere", False, "<unk>", True)
     assert unknown[1] == known[1]
 
@@ -268,9 +273,9 @@ def test_unknown_words_are_marked(build, vocabulary):
 def test_words_are_scored_without_dropout_and_in_bfloat16(build, vocabulary):
     """Two calls of a model in training mode are bit-equal; bfloat16 is close, not equal."""
     model = build().train()
-    first = score_words(model, vocabulary, LINES)
-    assert score_words(model.train(), vocabulary, LINES) == first
-    half = score_words(model, vocabulary, LINES, amp="bf16")
+    first = words_of(model, vocabulary, LINES)
+    assert words_of(model.train(), vocabulary, LINES) == first
+    half = words_of(model, vocabulary, LINES, amp="bf16")
     values = [[log_prob for line in scored for _, log_prob, _ in line] for scored in (first, half)]
     assert values[0] != values[1]
     assert values[0] == pytest.approx(values[1], rel=5e-2)
@@ -278,7 +283,7 @@ def test_words_are_scored_without_dropout_and_in_bfloat16(build, vocabulary):
 
 def test_no_lines_are_no_words(build, vocabulary):
     """An empty text is not an error."""
-    assert score_words(build(), vocabulary, []) == []
+    assert words_of(build(), vocabulary, []) == []
 
 
 def test_batch_10_is_near_batch_1_on_real_text(build, corpus_folder, tmp_path):

@@ -21,6 +21,7 @@ def flags():
     def make(**changes):
         plateau = {"plateau_factor": 0.25, "plateau_patience": 0, "plateau_threshold": 0.0}
         defaults = {"optimizer": "sgd", "lr": LR, "momentum": 0.0, "wdecay": 0.0, "decay": 1.0, "decay_from": 1}
+        defaults |= {"betas": [0.9, 0.999], "warm": 0.3}
         return SimpleNamespace(**{**defaults, **plateau, **changes})
 
     return make
@@ -166,9 +167,9 @@ def test_step_equals_exponential_decay_from_an_epoch_on(start, decay, decay_from
         assert rates(own) == pytest.approx(rates(other), rel=1e-12)
 
 
-def torch_one_cycle(optimizer, total):
-    """Rates and momenta of torch's OneCycleLR, defaults but for the number of batches."""
-    schedule = lr_scheduler.OneCycleLR(optimizer, LR, total_steps=total)
+def torch_one_cycle(optimizer, total, **settings):
+    """Rates and momenta of torch's OneCycleLR, defaults but for the number of batches and the settings."""
+    schedule = lr_scheduler.OneCycleLR(optimizer, LR, total_steps=total, **settings)
     curve = [(rates(optimizer), momenta(optimizer))]
     for _ in range(total - 1):
         optimizer.step()
@@ -186,6 +187,18 @@ def test_one_cycle_is_the_curve_of_torch(start, optimizer):
     for i, expected in enumerate(curve):
         schedule.start_batch(1, 0.3 * i / peak if i <= peak else 0.3 + 0.7 * (i - peak) / (total - 1 - peak))
         assert (rates(own), momenta(own)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_cycle_with_other_betas_and_another_warm_up(start):
+    """--betas 0.75 0.99 --warm 0.1: beta 1 from 0.8 to 0.7 and back, as torch's schedule with these."""
+    total, peak = 211, 0.1 * 211 - 1
+    settings = {"pct_start": 0.1, "base_momentum": 0.7, "max_momentum": 0.8}
+    curve = torch_one_cycle(start("constant", **ADAM)[1], total, **settings)
+    schedule, own = start("onecycle", **ADAM, betas=[0.75, 0.99], warm=0.1)
+    for i, expected in enumerate(curve):
+        schedule.start_batch(1, 0.1 * i / peak if i <= peak else 0.1 + 0.9 * (i - peak) / (total - 1 - peak))
+        assert (rates(own), momenta(own)) == pytest.approx(expected, rel=1e-9)
+        assert {group["betas"][1] for group in own.param_groups} == {0.99}
 
 
 @pytest.mark.parametrize("total", [101, 5003])

@@ -268,3 +268,22 @@ def test_large_lstms_train_in_bfloat16_by_our_own_recurrence(monkeypatch, nlayer
     names = ["output", "h", "c", *dict(core.named_parameters())]
     errors = {n: ((a - b).norm() / b.norm()).item() for n, a, b in zip(names, rounded, exact, strict=True)}
     assert not {name: error for name, error in errors.items() if not error < 2e-2}
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_TANH"])
+def test_gradients_in_evaluation_mode_do_not_need_the_module(kind, monkeypatch):
+    """On a GPU the module's kernel has none then; the same output and gradient by way of the library's function."""
+    torch.manual_seed(0)
+    core = RNN(kind, 5, 7, 2, dropout=0.5)
+    x, state = torch.randn(11, 3, 5, requires_grad=True), core.initial_state(3)
+    twin = RNN(kind, 5, 7, 2)
+    twin.load_state_dict(core.state_dict())
+    expected, _ = twin(x, state)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    core.eval()
+    monkeypatch.setattr(core.rnn, "forward", None)
+    output, _ = core(x, state)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), x)[0], gradient)
+    with torch.no_grad(), pytest.raises(TypeError):
+        core(x, state)

@@ -104,7 +104,7 @@ def test_the_loop_is_the_one_of_word_language_model(train, tmp_path, tiny_corpus
 KINDS = {
     "sgd with momentum, plateau": ["--optimizer", "sgd", "--lr", "3", "--momentum", "0.5", "--schedule", "plateau"],
     "adam, decay": ["--optimizer", "adam", "--lr", "0.01", "--decay", "0.7"],
-    "adam, one-cycle, weight decay": ["--lr", "0.02", "--schedule", "onecycle", "--wdecay", "1e-4"],
+    "adam, one-cycle, partial shuffle": ["--lr=0.02", "--schedule=onecycle", "--wdecay=1e-4", "--partial-shuffle"],
     "GRU loop, two layers": ["--model", "GRU", "--loop", "--nlayers", "2", "--lr", "0.01"],
     "bf16": ["--amp", "bf16", "--lr", "0.01"],
     "ntasgd, one-sided rule": ["--optimizer", "ntasgd", "--lr", "90", "--nonmono", "1", "--nt-rule", "paper"],

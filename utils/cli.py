@@ -148,6 +148,14 @@ def add_training(parser):
     )
     group.add_argument("--lr", type=positive, default=1e-3, help="initial learning rate; the highest under onecycle")
     group.add_argument("--momentum", type=probability, default=0.0, help="of SGD")
+    group.add_argument(
+        "--betas",
+        type=probability,
+        nargs=2,
+        default=[0.9, 0.999],
+        metavar="B",
+        help="of Adam; under onecycle the first goes from 0.05 above to 0.05 below and back",
+    )
     group.add_argument("--clip", type=non_negative, default=0.1, help="largest gradient norm, 0 for any")
     group.add_argument(
         "--wdecay", "--wd", "--weight-decay", type=non_negative, default=0.0, help="L2 weight decay, after clipping"
@@ -189,6 +197,12 @@ def add_training(parser):
         help="longest window of --variable-bptt; any if not given, 10 more than --bptt with --finetune",
     )
     group.add_argument(
+        "--partial-shuffle",
+        action=BooleanOptionalAction,
+        default=False,
+        help="in each epoch every column starts at another word and ends before it",
+    )
+    group.add_argument(
         "--schedule",
         choices=tuple(optim.SCHEDULES),
         help="of the rate; if not given step with --decay, when with --when, else the recipe's",
@@ -198,6 +212,9 @@ def add_training(parser):
     group.add_argument("--plateau-threshold", type=number(float, 0, 0.999), default=1e-4, help="smallest relative gain")
     group.add_argument("--decay", type=number(float, 0, 1, True), default=1.0, help="rate times this each epoch ...")
     group.add_argument("--decay-from", type=number(int, 1), default=1, metavar="EPOCH", help="... after this one")
+    group.add_argument(
+        "--warm", type=probability, default=0.3, metavar="PART", help="onecycle: the part of training until --lr"
+    )
     group.add_argument("--when", type=positive_int, nargs="+", metavar="EPOCH", help="a tenth of the rate after these")
     group.add_argument(
         "--init",
@@ -282,8 +299,7 @@ def parse_training(parser, recipes, argv=None, family=None):
     parser.add_argument("--recipe", choices=tuple(recipes), default=early.recipe, help="published set of defaults")
     parser.set_defaults(**{**recipes[early.recipe], "schedule": None})
     args = parser.parse_args(argv)
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), _Absent))))
-    given = {flag: value for flag, value in given.items() if value is not _Absent}
+    given = given_flags(parser, argv, args)
     resumed = None
     if args.resume is not None:
         args, resumed = _resumed(parser, given, early, args, family)
@@ -291,6 +307,12 @@ def parse_training(parser, recipes, argv=None, family=None):
         _settle(parser, given, args, recipes[args.recipe])
     args.argv = list(argv)
     return args, resumed
+
+
+def given_flags(parser, argv, args):
+    """The flags that the command line gives, {name: value}; args: what it was parsed to."""
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), _Absent))))
+    return {flag: value for flag, value in given.items() if value is not _Absent}
 
 
 def _settle(parser, given, args, recipe):
@@ -302,6 +324,8 @@ def _settle(parser, given, args, recipe):
         parser.error(f"--decay goes with --schedule step, got --schedule {args.schedule}")
     if (args.when is not None) != (args.schedule == "when"):
         parser.error(f"--when and --schedule when go together, got --when {args.when}, --schedule {args.schedule}")
+    if args.optimizer == "adam" and args.schedule == "onecycle" and not 0.05 <= args.betas[0] < 0.95:
+        parser.error(f"--betas {args.betas[0]:g}: onecycle moves it by 0.05 both ways, give one of 0.05 to below 0.95")
     if args.finetune:
         if args.optimizer != "ntasgd":
             parser.error(f"--finetune averages: it goes with --optimizer ntasgd, got {args.optimizer}")

@@ -1,5 +1,6 @@
 """Perplexity, the only one: exp of the summed negative log likelihood over the number of targets."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ WARMUP = 1024
 STEPS = 512
 """Window length; the result does not depend on it."""
 LOGITS = 1 << 24
-"""Most log probabilities that a window of score_words keeps: 64 MiB in float32."""
+"""Most log probabilities that a window of trace keeps: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ def perplexity(loss):
 def detach(state):
     """Cut a state, a tuple of tensors, from the graph that made it."""
     return tuple(part.detach() for part in state)
+
+
+def mean_score(log_probs):
+    """The Score of one column by the log probabilities of its targets (N,)."""
+    return Score(-log_probs.double().mean().item(), len(log_probs), 1)
 
 
 @torch.inference_mode()
@@ -75,28 +81,59 @@ def evaluate(model, ids, batch_size=1, amp="off", label=None):
     return Score(loss.item() / count, count, batch_size)
 
 
-@torch.inference_mode()
-def score_words(model, vocabulary, lines, amp="off"):
-    """Log probability of every word of a text, each given all words before it; the text starts after an `<eos>`.
+def trace(model, ids, steps=None, amp="off", label=None, temperatures=(1.0,), learner=None, keep=False):
+    """What a model makes of each of the N-1 targets of a stream of ids (N,), in one pass from the zero state.
 
-    lines: lists of words, without `<eos>`; each line is scored with the `<eos>` at its end.
-    Returns for each line a list of (word, log probability in nats, whether the vocabulary has the word).
+    Returns log_probs (N-1, len(temperatures)): the logarithm of the target's probability, each p(w) to the power of
+    1 / temperature and normalized; and, to keep, the core's outputs (N-1, H), float32 or wider, else None.
+    steps: the length of the windows, STEPS if None. The result depends on it only if there is a learner, an
+    adaptation.Learner, which takes a step on each window's mean loss after it was scored; the weights are the trained
+    ones again at the end.
+    label: as in evaluate. The model is put into evaluation mode and back.
     """
     device = next(model.parameters()).device
+    stream = torch.from_numpy(np.asarray(ids, np.int64)).to(device)[:, None]
+    steps = steps or STEPS
+    lengths = window_lengths(len(stream) - 1, steps if learner else max(1, min(steps, LOGITS // model.vocab_size)))
+    training, state = model.training, model.initial_state(1)
     model.eval()
-    state = model.initial_state(1)
-    steps = max(1, min(STEPS, LOGITS // model.vocab_size))
-    previous = vocabulary.encode([EOS])[0]
-    scored = []
-    with runtime.autocast(device, amp):
-        for line in lines:
-            words = [*line, EOS]
-            ids, _ = vocabulary.encode(words)
-            stream = torch.from_numpy(np.concatenate([previous, ids]).astype(np.int64)).to(device)[:, None]
-            log_probs = []
-            for tokens, targets in windows(stream, window_lengths(len(stream) - 1, steps)):
-                hidden, state = model.hidden(tokens, state)
-                log_probs += model.log_probs(hidden).gather(-1, targets[..., None]).flatten().tolist()
-            scored.append([(word, lp, word in vocabulary.ids) for word, lp in zip(words, log_probs, strict=True)])
-            previous = ids[-1:]
-    return scored
+    scores = [torch.empty(0, len(temperatures), device=device)]
+    outputs = [torch.empty(0, model.core.output_size, device=device)]
+    try:
+        with torch.inference_mode(learner is None):
+            for _, (tokens, targets) in zip(report.progress(lengths, label), windows(stream, lengths), strict=True):
+                with runtime.autocast(device, amp):
+                    hidden, state = model.hidden(tokens, state)
+                    log_probs = model.log_probs(hidden)[:, 0]
+                own = log_probs.gather(1, targets)
+                scores.append(torch.cat([_tempered(log_probs.detach(), own.detach(), t) for t in temperatures], 1))
+                if keep:
+                    outputs.append(hidden[:, 0].detach().to(own.dtype))
+                state = detach(state)
+                if learner:
+                    learner.step(-own.mean())
+    finally:
+        if learner:
+            learner.restore()
+        model.train(training)
+    return torch.cat(scores), torch.cat(outputs) if keep else None
+
+
+def _tempered(log_probs, own, temperature):
+    """log_probs (T, V) and those of the targets, own (T, 1) -> own at a temperature, (T, 1)."""
+    if temperature == 1:
+        return own
+    return own / temperature - (log_probs / temperature).logsumexp(1, keepdim=True)
+
+
+def score_words(vocabulary, lines, read):
+    """Log probability of every word of a text, each given all words before it; the text starts after an `<eos>`.
+
+    lines: lists of words, without `<eos>`; each line is scored with the `<eos>` at its end. read: a function from
+    ids (N,) to the log probability of the N-1 targets.
+    Returns for each line a list of (word, log probability in nats, whether the vocabulary has the word).
+    """
+    lines = [[*line, EOS] for line in lines]
+    words = [EOS, *itertools.chain.from_iterable(lines)]
+    log_probs = iter(read(vocabulary.encode(words)[0]).tolist())
+    return [[(word, next(log_probs), word in vocabulary.ids) for word in line] for line in lines]

@@ -13,7 +13,8 @@ def build_optimizer(args, parameters):
     """SGD (with momentum; ntasgd, too) or Adam, each in one pass over its memory; weight decay is L2 after clipping."""
     if args.optimizer in ("sgd", "ntasgd"):
         return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.wdecay, fused=True)
-    return torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.wdecay, fused=True)
+    betas = tuple(args.betas)
+    return torch.optim.Adam(parameters, lr=args.lr, betas=betas, weight_decay=args.wdecay, fused=True)
 
 
 @contextmanager
@@ -167,27 +168,29 @@ class When(Constant):
 
 
 class OneCycle(Constant):
-    """Smith & Topin 2017: up from lr/25 to --lr in the first 30% of all batches, down to lr/250,000, on cosines.
+    """Smith & Topin 2017: up from lr/25 to --lr in the first part of all batches, down to lr/250,000, on cosines.
 
-    Momentum (beta 1 of Adam) goes the other way, from 0.95 to 0.85 and back; without momentum it is left alone.
-    The same curve as torch's OneCycleLR, but a function of the part of training done, so that batches may vary.
+    That part is --warm. Beta 1 of Adam goes the other way, from 0.05 above the one set to as much below and back, the
+    momentum of SGD from 0.95 to 0.85 and back; without momentum it is left alone. With the defaults the same curve as
+    torch's OneCycleLR, but a function of the part of training done, so that batches may vary.
     """
 
-    WARM, START, END, HIGH, LOW = 0.3, 1 / 25, 1 / 250_000, 0.95, 0.85
+    START, END, MOMENTUM, SWING = 1 / 25, 1 / 250_000, 0.9, 0.05
 
     def start_batch(self, epoch, progress):
-        if progress < self.WARM:
-            part = progress / self.WARM
-            rate, momentum = _cosine(self.START, 1.0, part), _cosine(self.HIGH, self.LOW, part)
+        warm = self.args.warm
+        if progress < warm:
+            part = progress / warm
+            rate, swing = _cosine(self.START, 1.0, part), _cosine(self.SWING, -self.SWING, part)
         else:
-            part = (progress - self.WARM) / (1 - self.WARM)
-            rate, momentum = _cosine(1.0, self.END, part), _cosine(self.LOW, self.HIGH, part)
+            part = (progress - warm) / (1 - warm)
+            rate, swing = _cosine(1.0, self.END, part), _cosine(-self.SWING, self.SWING, part)
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * rate
             if "betas" in group:
-                group["betas"] = (momentum, *group["betas"][1:])
+                group["betas"] = (self.args.betas[0] + swing, *group["betas"][1:])
             elif group["momentum"]:
-                group["momentum"] = momentum
+                group["momentum"] = self.MOMENTUM + swing
 
 
 def _cosine(start, end, part):

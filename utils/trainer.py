@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from data.batching import variable_lengths, window_lengths, windows
+from data.batching import column_starts, rotated, variable_lengths, window_lengths, windows
 
 from . import TrainingError, checkpoint, onnx_export, optim, report, runtime
 from .evaluation import Score, detach, evaluate, perplexity
@@ -113,7 +113,12 @@ class Trainer:
         return self.finish() if self.processes.rank == 0 else None
 
     def cut_epoch(self):
-        """Choose the lengths of the epoch's windows; a resumed epoch has the same."""
+        """Choose where the epoch's columns start and the lengths of its windows; a resumed epoch has the same."""
+        self.text = self.stream
+        if self.args.partial_shuffle:
+            length, count = self.stream.shape
+            starts = column_starts(length, count * self.processes.size, [self.args.seed, self.epoch, 1])
+            self.text = rotated(self.stream, self.processes.own_columns(starts))
         self.lengths = epoch_lengths(len(self.stream) - 1, self.args, self.epoch)
         self.batches = len(self.lengths)
 
@@ -125,7 +130,7 @@ class Trainer:
         hidden = True if self.processes.rank > 0 else None
         label = f"epoch {self.epoch}"
         with tqdm(total=self.batches, initial=self.batch, desc=label, leave=False, disable=hidden) as bar:
-            for tokens, targets in windows(self.stream, self.lengths, self.batch):
+            for tokens, targets in windows(self.text, self.lengths, self.batch):
                 self.schedule.start_batch(self.epoch, self.progress())
                 start = self.clock.mark()
                 loss, count, norm, self.state, forward = training_step(
