@@ -2,6 +2,7 @@
 
 import multiprocessing
 import shutil
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -158,7 +159,8 @@ def quality(args):
     for name, (script, flags, *rest) in chosen(args).items():
         for seed in range(1, args.seeds + 1):
             worker = Worker(script, f"{flags} {args.flags} --seed {seed}", *rest)
-            row = {"name": name, "seed": seed, "ms": worker("train", corpus.train[: args.tokens], args.epochs)}
+            ms = worker("train", corpus.train[: args.tokens], args.epochs)
+            row = {"name": name, "seed": seed, "updates": len(ms), "ms": statistics.median(ms)}
             row |= {"valid": worker("score", corpus.valid), "test": worker("score", corpus.test)}
             worker.end()
             rows.append(row)

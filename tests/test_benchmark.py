@@ -423,9 +423,26 @@ def test_quality_trains_and_scores(monkeypatch, tiny_corpus, tmp_path, capsys):
     benchmark.main([*argv, f"--flags={flags}", "--record", "small", "--results", str(tmp_path), "--threads", "1"])
     record = report.read_record(tmp_path / "awd" / "small.json")
     assert [(row["name"], row["seed"]) for row in record["rows"]] == [("AWD-QRNN", 1), ("AWD-QRNN", 2)]
-    assert all(5 < row["test"] < 29.5 and len(row["ms"]) > 20 for row in record["rows"])
+    assert all(5 < row["test"] < 29.5 and row["updates"] > 20 and row["ms"] > 0 for row in record["rows"])
     assert record["rows"][0]["test"] != record["rows"][1]["test"]
     assert "| AWD-QRNN | 1 |" in capsys.readouterr().out and "1.000" in (tmp_path / "awd.md").read_text()
+
+
+def test_many_seeds_become_their_mean():
+    """Means, standard errors and that of the ratio, as computed by hand; each seed by itself when they are few."""
+    common = {"corpus": "tiny", "epochs": 1, "command": "", "machine": "", "environment": {}}
+    tests = {"ours": (100, 104, 96, 102, 98), "theirs": (50, 50, 50, 50, 51)}
+    rows = [
+        {"name": name, "seed": seed, "updates": 3, "ms": 10 * seed, "valid": 7 * score, "test": score}
+        for name, scores in tests.items()
+        for seed, score in enumerate(scores, 1)
+    ]
+    text = tables.quality_text({**common, "rows": rows})
+    assert "| ours | 5 | 700.00 ± 9.90 | 100.00 ± 1.41 | 30 | 1 |" in text
+    assert "| theirs | 5 | 351.40 ± 1.40 | 50.20 ± 0.20 | 30 | 0.502 ± 0.007 |" in text
+    text = tables.quality_text({**common, "rows": rows[:4] + rows[5:9]})
+    assert "| ours | 4 | 714.00 | 102.00 | 40 | 1.000 |" in text
+    assert "| theirs | 2 | 350.00 | 50.00 | 20 | 0.481 |" in text
 
 
 PARAMETERS = {

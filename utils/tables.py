@@ -1,5 +1,6 @@
 """Records as the cells of markdown tables."""
 
+import math
 import re
 import statistics
 
@@ -148,24 +149,44 @@ def speed_text(record):
 
 
 QUALITY_COLUMNS = ("model", "seed", "valid ppl", "test ppl", "ms/batch, median", "test ppl / first row's")
+MEAN_COLUMNS = ("model", "seeds", "valid ppl", "test ppl", "ms/batch, median", "test ppl / first row's")
+MANY = 5
+"""Seeds from which on a table shows their mean instead of each."""
 
 
 def quality_text(record):
     """The markdown of a quality record: who trained, from which seed, what our evaluation says of the weights."""
-    first = {row["seed"]: row["test"] for row in reversed(record["rows"])}
-    rows = [
-        [
-            row["name"],
-            row["seed"],
-            f"{row['valid']:.2f}",
-            f"{row['test']:.2f}",
-            f"{statistics.median(row['ms']):,.0f}",
-            f"{row['test'] / first[row['seed']]:.3f}",
-        ]
-        for row in record["rows"]
-    ]
-    title = f"{record['corpus']}, {record['epochs']} epochs, {len(record['rows'][0]['ms'])} updates. "
-    return title + about(record) + report.markdown_table(QUALITY_COLUMNS, rows)
+    models = {}
+    for row in record["rows"]:
+        models.setdefault(row["name"], []).append(row)
+    title = f"{record['corpus']}, {record['epochs']} epochs, {record['rows'][0]['updates']} updates. " + about(record)
+    first = next(iter(models.values()))
+    if len(first) < MANY:
+        pairs = [pair for runs in models.values() for pair in zip(runs, first, strict=True)]
+        rows = [_quality_row(row, reference) for row, reference in pairs]
+        return title + report.markdown_table(QUALITY_COLUMNS, rows)
+    rows = [_mean_row(name, runs, first) for name, runs in models.items()]
+    return title + "Means with their standard errors.\n\n" + report.markdown_table(MEAN_COLUMNS, rows)
+
+
+def _quality_row(row, reference):
+    cells = [row["name"], row["seed"], f"{row['valid']:.2f}", f"{row['test']:.2f}", f"{row['ms']:,.0f}"]
+    return [*cells, f"{row['test'] / reference['test']:.3f}"]
+
+
+def _mean_row(name, runs, first):
+    """One model's runs, one a seed; the error of the ratio as if the two models' runs were independent."""
+    cells, test = [name, len(runs)], [mean_error([run["test"] for run in each]) for each in (runs, first)]
+    cells += [f"{mean:.2f} ± {error:.2f}" for mean, error in (mean_error([run["valid"] for run in runs]), test[0])]
+    ratio = test[0][0] / test[1][0]
+    error = ratio * math.hypot(*(error / mean for mean, error in test))
+    cells += [f"{statistics.median(run['ms'] for run in runs):,.0f}"]
+    return [*cells, "1" if runs is first else f"{ratio:.3f} ± {error:.3f}"]
+
+
+def mean_error(values):
+    """The mean and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def memory_text(record):
