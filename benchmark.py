@@ -13,7 +13,7 @@ from data.corpus import Corpus, find_corpus, split_file
 from models.forget_mult import BACKENDS
 from utils import UserError, cli, report, runtime
 from utils.layers import Layer, Recurrence
-from utils.tables import RENDERERS, RIVALS, figure4_picture, rival_name, seeds_text, table_text
+from utils.tables import RENDERERS, RIVALS, figure4_picture, rival_name, scores_text, seeds_text, table_text
 from utils.workers import Worker, load_once, write_zipf
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,7 +80,11 @@ def table(args):
     records |= added
     if not records:
         raise UserError(f"{folder} holds no run records: name run folders, python benchmark.py table {args.name} RUN")
-    text = (seeds_text if args.seeds else table_text)([records[name] for name in sorted(records)])
+    trained, scored = [], []
+    for name in sorted(records):
+        (trained if records[name]["kind"] == "training" else scored).append(records[name])
+    parts = [(seeds_text if args.seeds else table_text)(trained)] if trained else []
+    text = "\n\n".join(parts + ([scores_text(scored)] if scored else []))
     page = args.results / f"{args.name}.md"
     folder.mkdir(parents=True, exist_ok=True)
     (report.replace_between if page.exists() else put_on_page)(page, args.name, text)

@@ -3,7 +3,9 @@
 As it was trained, or adapted while it reads: with a cache of recent words (--pointer), by dynamic evaluation, by both.
 """
 
+import sys
 import time
+from pathlib import Path
 
 from data import find_corpus
 from data.corpus import encode_file, read_blocks, split_file
@@ -23,8 +25,8 @@ RATE, PULL = 5e-5, 2e-3
 
 
 def score_splits(model, vocabulary, folder, args, roots):
-    """Print loss and perplexity of valid and test, read with the model's vocabulary."""
-    adapted = settings(args)
+    """Print loss and perplexity of valid and test, read with the model's vocabulary; returns the Score of each."""
+    adapted, scores = settings(args), {}
     for split in ("valid", "test"):
         ids, unknown = encode_file(split_file(folder, split), vocabulary)
         label, start = f"{split}, batch {args.eval_batch}", time.monotonic()
@@ -37,6 +39,8 @@ def score_splits(model, vocabulary, folder, args, roots):
             f"| {split:5s} | loss {score.loss:7.4f} | ppl {score.perplexity:8.2f} | {score.targets:,} targets | "
             f"batch {score.batch_size}{note}" + (f" | {adapted} | {time.monotonic() - start:.0f} s" if adapted else "")
         )
+        scores[split] = score
+    return scores
 
 
 def settings(args):
@@ -76,6 +80,7 @@ def build_parser():
     parser.add_argument("--model", choices=MODELS, help="the AWD model that it must be; nothing else depends on it")
     parser.add_argument("--data", help="corpus folder or name; the one that the model was trained on if not given")
     parser.add_argument("--text", metavar="FILE", help="score this text by line and word instead of a corpus")
+    parser.add_argument("--record", metavar="FILE", help="write the figures of a corpus to this file, for tables")
     parser.add_argument(
         "--eval-batch",
         type=cli.positive_int,
@@ -142,6 +147,8 @@ def parse(argv=None):
                 parser.error(f"--{name.replace('_', '-')} goes with --{switch}, which is not given")
     if args.eval_batch > 1 and (args.pointer or args.dynamic or args.tune or args.temperature != 1):
         parser.error(f"adaptation reads one column: leave out --eval-batch {args.eval_batch}")
+    if args.record and args.text:
+        parser.error("--record keeps the figures of a corpus: leave it out beside --text")
     if args.tune and args.text:
         parser.error("--tune needs the valid split of a corpus: tune without --text, then give what it chose")
     if args.dynamic:
@@ -149,12 +156,16 @@ def parse(argv=None):
         args.lr = args.lr or RATE * args.bptt / 5
         args.lamb = min(1.0, PULL * args.bptt / 5) if args.lamb is None else args.lamb
     args.bptt = args.bptt or evaluation.STEPS
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     return args, given
 
 
 def main(argv=None):
     """Parse flags, load the checkpoint, tune, score."""
     args, given = parse(argv)
+    start = time.monotonic()
+    if args.record and not Path(args.record).resolve().parent.is_dir():
+        raise UserError(f"--record {args.record}: there is no folder for it; make it, or choose another place")
     device, _ = runtime.setup(args)
     model, vocabulary, saved = checkpoint.load_model(args.checkpoint, device)
     kind = saved["config"]["core"].get("model", saved["config"]["family"])
@@ -170,8 +181,12 @@ def main(argv=None):
         report.say(f"| chosen on {min(args.tune_tokens, len(ids) - 1):,} words of valid | {settings(args)}")
     if args.text:
         score_text(model, vocabulary, args.text, args, roots)
-    else:
-        score_splits(model, vocabulary, find_corpus(folder), args, roots)
+        return
+    scores = score_splits(model, vocabulary, find_corpus(folder), args, roots)
+    if args.record:
+        record = report.evaluation_record(model, saved, settings(args), scores, time.monotonic() - start, args)
+        report.write_record(args.record, record)
+        report.say(f"| record {args.record}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import shutil
 import pytest
 import torch
 
+import benchmark
 import evaluate
 from data.corpus import EOS, UNK
-from utils import UserError, checkpoint, evaluation
+from utils import UserError, checkpoint, evaluation, report
 
 SPLIT = re.compile(
     r"\| (\w+) +\| loss +(\S+) \| ppl +(\S+) \| ([\d,]+) targets \| batch (\d+)(?: \| (\d+) unknown words)?"
@@ -246,9 +247,29 @@ def test_a_text_is_adapted_too(printed, tmp_path):
     assert cached < plain
 
 
+def test_the_record_and_its_table(printed, results, tiny_run, tmp_path):
+    """The figures as printed, with what they depend on; benchmark.py puts them below the run they are of."""
+    both = ("--pointer", "--window", "7", "--dynamic", "sgd", "--lr", "0.01")
+    for name, flags in (("plain", ()), ("both", both)):
+        lines = printed(*flags, "--record", tmp_path / f"{name}.json")
+        record = report.read_record(tmp_path / f"{name}.json")
+        for line, split in zip(lines, ("valid", "test"), strict=False):
+            assert f"ppl {record['results'][split]['perplexity']:8.2f}" in line
+        assert record["name"] == name and f"--record {tmp_path}" in record["command"]
+    assert "--window 7 --pointer-start first --dynamic sgd --lr 0.01" in record["adaptation"]
+    benchmark.main(["table", "mine", *map(str, (tiny_run, *tmp_path.glob("*.json"))), "--results", str(tmp_path)])
+    page = (tmp_path / "mine.md").read_text()
+    assert page.count(f"| {results['test']['perplexity']:.2f} |") == 2
+    assert f"| `{record['adaptation']}` |" in page and f"| {record['results']['test']['perplexity']:.2f} |" in page
+    benchmark.main(["table", "mine", "--results", str(tmp_path)])
+    assert (tmp_path / "mine.md").read_text() == page
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--record", "nowhere/x.json"], ["--record nowhere/x.json", "no folder"]),
+        (["--record", "x.json", "--text", "x"], ["--record", "--text"]),
         (["--theta", "1"], ["--theta goes with --pointer"]),
         (["--pointer-start", "window"], ["--pointer-start goes with --pointer"]),
         (["--lamb", "0.1"], ["--lamb goes with --dynamic"]),

@@ -206,6 +206,23 @@ def score_record(score, checkpoint, epoch):
     }
 
 
+def evaluation_record(model, saved, adaptation, scores, seconds, args):
+    """What evaluate.py keeps: scores {split: Score} of a model from the checkpoint `saved`, how it was adapted."""
+    name, device = Path(args.checkpoint).name, next(model.parameters()).device
+    epoch = saved["best"]["epoch"]
+    return {
+        "kind": "evaluation of a checkpoint",
+        "name": Path(args.record).stem,
+        "command": command(args.argv),
+        "environment": environment(device, args.amp),
+        "model": {**saved["config"], "parameters": model.num_params()},
+        "corpus": {"name": saved["corpus"]["name"]},
+        "adaptation": adaptation,
+        "minutes": seconds / 60,
+        "results": {split: score_record(score, name, epoch) for split, score in scores.items()},
+    }
+
+
 def write_record(path, record):
     """Write a run record, whole or not at all: JSON, one form for training, evaluation, compression, benchmarks.
 

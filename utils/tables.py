@@ -66,6 +66,27 @@ def table_text(records):
     return report.markdown_table(COLUMNS, [table_row(record) for record in ordered])
 
 
+SCORE_COLUMNS = ("model", "adaptation", "valid ppl", "test ppl", "minutes", "device", "command", "commit")
+
+
+def scores_text(records):
+    """The markdown table of evaluate.py's records, highest test perplexity first."""
+    ordered = sorted(records, key=lambda record: -record["results"]["test"]["perplexity"])
+    rows = [
+        [
+            model_name(record["model"]),
+            f"`{record['adaptation']}`" if record["adaptation"] else "none",
+            *(f"{record['results'][split]['perplexity']:.2f}" for split in ("valid", "test")),
+            f"{record['minutes']:.1f}",
+            f"{record['environment']['device']}, {record['environment']['threads']} threads",
+            f"`{record['command']}`",
+            (record["environment"]["commit"] or "")[:12],
+        ]
+        for record in ordered
+    ]
+    return report.markdown_table(SCORE_COLUMNS, rows)
+
+
 SEED_COLUMNS = (
     "what differs",
     "seeds",
