@@ -330,6 +330,20 @@ def test_the_walk_ends_at_a_minimum(best, start):
     assert abs(math.log(found / best)) <= math.log(adaptation.RATIO) / 2 + 1e-9
 
 
+def test_the_walk_comes_out_of_what_diverges():
+    """From rates that end in nothing but infinity it goes down until they do not."""
+    args = Namespace(lr=1000.0)
+    adaptation._walk("lr", args, lambda: math.inf if args.lr > 3 else abs(math.log(args.lr)))
+    assert abs(math.log(args.lr)) <= math.log(adaptation.RATIO)
+
+
+def test_a_loss_that_is_none_counts_as_infinite(ids, capsys):
+    """A rate that ruins the weights is tried, said, and left."""
+    args = flags(dynamic="sgd", lr=math.inf)
+    loss = adaptation._dynamic_loss(make(), ids, args, None, {})
+    assert loss == math.inf and "| tried lr inf lamb 0.1 | ppl inf" in capsys.readouterr().out
+
+
 def test_an_empty_text(ids):
     """One word has no target: nothing is scored, nothing fails."""
     assert read(make(), ids[:1], flags(pointer=True)).shape == (0,)

@@ -148,7 +148,7 @@ def read(model, ids, args, roots=None, label=None):
 def tune(model, ids, args, given, roots=None):
     """Set those flags that are not in `given` to values with the least loss on ids (N,), text of the validation split.
 
-    First rate, then pull of dynamic evaluation, each from where it stands by RATIO up, or else down, as long as it
+    First rate, then pull of dynamic evaluation, each from where it stands by RATIO down, or else up, as long as it
     helps; then, in one pass with these, temperature and cache in all combinations. Says what it tried. The other
     arguments: as in read. Returns the names of the flags it chose.
     """
@@ -172,11 +172,11 @@ def tune(model, ids, args, given, roots=None):
 
 
 def _walk(name, args, loss):
-    """Leave args.NAME at the value of least loss()."""
+    """Leave args.NAME at the value of least loss(), which is finite if it is small enough."""
     best, least, start = getattr(args, name), loss(), getattr(args, name)
-    for ratio in (RATIO, 1 / RATIO):
+    for ratio in (1 / RATIO, RATIO):
         setattr(args, name, best * ratio)
-        while (value := loss()) < least:
+        while (value := loss()) < least or (value == math.inf and ratio < 1):
             best, least = getattr(args, name), value
             setattr(args, name, best * ratio)
         if best != start:
@@ -192,7 +192,8 @@ def _dynamic_loss(model, ids, args, roots, tried):
         log_probs, _ = evaluation.trace(
             model, ids, args.bptt, args.amp, f"trying {setting}", learner=learner(model, args, roots)
         )
-        tried[key] = -log_probs.double().mean().item()
+        loss = -log_probs.double().mean().item()
+        tried[key] = loss if math.isfinite(loss) else math.inf
         report.say(f"| tried {setting} | ppl {evaluation.perplexity(tried[key]):.2f}")
     return tried[key]
 
@@ -203,12 +204,12 @@ def _grid_losses(model, ids, args, grid, learning):
     log_probs, hidden = evaluation.trace(
         model, ids, args.bptt, args.amp, label, grid["temperature"], learning, keep=args.pointer
     )
-    columns = dict(zip(grid["temperature"], log_probs.unbind(1), strict=True))
+    plain = dict(zip(grid["temperature"], log_probs.unbind(1), strict=True))
     if not args.pointer:
-        return {(temperature,): -own.double().mean().item() for temperature, own in columns.items()}
+        return {(temperature,): -own.double().mean().item() for temperature, own in plain.items()}
     targets, losses = torch.as_tensor(ids[1:], device=hidden.device), {}
     for theta, window in report.progress(list(itertools.product(grid["theta"], grid["window"])), "trying caches"):
         shares = cache_shares(hidden, targets, theta, window, args.pointer_start)
-        for (temperature, own), lambdasm in itertools.product(columns.items(), grid["lambdasm"]):
+        for (temperature, own), lambdasm in itertools.product(plain.items(), grid["lambdasm"]):
             losses[temperature, theta, window, lambdasm] = -mixed(own, shares, lambdasm).double().mean().item()
     return losses
