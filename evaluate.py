@@ -171,20 +171,23 @@ def main(argv=None):
     kind = saved["config"]["core"].get("model", saved["config"]["family"])
     if args.model not in (None, kind):
         raise UserError(f"{args.checkpoint} holds a model of kind {kind}, not {args.model}: leave out --model")
-    folder, roots = args.data or saved["args"]["data"], None
+    folder = roots = None
+    if args.dynamic == "rms" or not args.text:
+        folder = find_corpus(args.data or saved["args"]["data"])
     if args.dynamic == "rms":
-        text, _ = encode_file(split_file(find_corpus(folder), "train"), vocabulary)
+        text, _ = encode_file(split_file(folder, "train"), vocabulary)
         roots = adaptation.gradient_roots(model, text, args.bptt, args.amp, args.max_batches)
     if args.tune:
-        ids, _ = encode_file(split_file(find_corpus(folder), "valid"), vocabulary)
+        ids, _ = encode_file(split_file(folder, "valid"), vocabulary)
         adaptation.tune(model, ids[: args.tune_tokens + 1], args, given, roots)
         report.say(f"| chosen on {min(args.tune_tokens, len(ids) - 1):,} words of valid | {settings(args)}")
     if args.text:
         score_text(model, vocabulary, args.text, args, roots)
         return
-    scores = score_splits(model, vocabulary, find_corpus(folder), args, roots)
+    scores = score_splits(model, vocabulary, folder, args, roots)
     if args.record:
-        record = report.evaluation_record(model, saved, settings(args), scores, time.monotonic() - start, args)
+        minutes = (time.monotonic() - start) / 60
+        record = report.evaluation_record(model, saved, folder.name, settings(args), scores, minutes, args)
         report.write_record(args.record, record)
         report.say(f"| record {args.record}")
 

@@ -255,7 +255,11 @@ def test_the_record_and_its_table(printed, results, tiny_run, tmp_path):
         record = report.read_record(tmp_path / f"{name}.json")
         for line, split in zip(lines, ("valid", "test"), strict=False):
             assert f"ppl {record['results'][split]['perplexity']:8.2f}" in line
-        assert record["name"] == name and f"--record {tmp_path}" in record["command"]
+        assert (
+            record["corpus"]["name"] == "tiny"
+            and record["name"] == name
+            and f"--record {tmp_path}" in record["command"]
+        )
     assert "--window 7 --pointer-start first --dynamic sgd --lr 0.01" in record["adaptation"]
     benchmark.main(["table", "mine", *map(str, (tiny_run, *tmp_path.glob("*.json"))), "--results", str(tmp_path)])
     page = (tmp_path / "mine.md").read_text()

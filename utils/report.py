@@ -206,8 +206,11 @@ def score_record(score, checkpoint, epoch):
     }
 
 
-def evaluation_record(model, saved, adaptation, scores, seconds, args):
-    """What evaluate.py keeps: scores {split: Score} of a model from the checkpoint `saved`, how it was adapted."""
+def evaluation_record(model, saved, corpus, adaptation, scores, minutes, args):
+    """What evaluate.py keeps: scores {split: Score} on a corpus of a model from the checkpoint `saved`, how adapted.
+
+    minutes: of all that it took, statistics and search included.
+    """
     name, device = Path(args.checkpoint).name, next(model.parameters()).device
     epoch = saved["best"]["epoch"]
     return {
@@ -216,9 +219,9 @@ def evaluation_record(model, saved, adaptation, scores, seconds, args):
         "command": command(args.argv),
         "environment": environment(device, args.amp),
         "model": {**saved["config"], "parameters": model.num_params()},
-        "corpus": {"name": saved["corpus"]["name"]},
+        "corpus": {"name": corpus},
         "adaptation": adaptation,
-        "minutes": seconds / 60,
+        "minutes": minutes,
         "results": {split: score_record(score, name, epoch) for split, score in scores.items()},
     }
 

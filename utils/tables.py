@@ -66,7 +66,7 @@ def table_text(records):
     return report.markdown_table(COLUMNS, [table_row(record) for record in ordered])
 
 
-SCORE_COLUMNS = ("model", "adaptation", "valid ppl", "test ppl", "minutes", "device", "command", "commit")
+SCORE_COLUMNS = ("model", "corpus", "adaptation", "valid ppl", "test ppl", "minutes", "device", "command", "commit")
 
 
 def scores_text(records):
@@ -75,6 +75,7 @@ def scores_text(records):
     rows = [
         [
             model_name(record["model"]),
+            record["corpus"]["name"],
             f"`{record['adaptation']}`" if record["adaptation"] else "none",
             *(f"{record['results'][split]['perplexity']:.2f}" for split in ("valid", "test")),
             f"{record['minutes']:.1f}",
@@ -170,7 +171,7 @@ def speed_text(record):
 
 
 QUALITY_COLUMNS = ("model", "seed", "valid ppl", "test ppl", "ms/batch, median", "test ppl / first row's")
-MEAN_COLUMNS = ("model", "seeds", "valid ppl", "test ppl", "ms/batch, median", "test ppl / first row's")
+MEAN_COLUMNS = ("model", "seeds", *QUALITY_COLUMNS[2:])
 MANY = 5
 """Seeds from which on a table shows their mean instead of each."""
 
