@@ -8,7 +8,9 @@ import subprocess
 import sys
 import warnings
 from collections import OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -340,6 +342,32 @@ def test_any_failing_step_keeps_the_checkpoint_that_was_there(path, monkeypatch,
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     checkpoint.save(path, content(best=None))
     assert checkpoint.load(path)["best"] is None
+
+
+@pytest.mark.parametrize("writes", range(1, 12))
+def test_ctrl_c_while_writing_is_ctrl_c(path, monkeypatch, writes):
+    """Not the error that torch's writer makes of it, which would end with a traceback; the old file stays."""
+    checkpoint.save(path, content())
+    before = path.read_bytes()
+    make = checkpoint.atomic_write
+
+    @contextmanager
+    def pressed(place):
+        with make(place) as file:
+            calls = []
+
+            def write(data):
+                calls.append(1)
+                if len(calls) == writes:
+                    raise KeyboardInterrupt
+                return file.write(data)
+
+            yield SimpleNamespace(write=write, flush=file.flush)
+
+    monkeypatch.setattr(checkpoint, "atomic_write", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, content())
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("error", (pickle.PicklingError("opaque"), RuntimeError("opaque")), ids=repr)

@@ -31,6 +31,8 @@ def save(path, checkpoint):
             torch.save({"format": FORMAT, **checkpoint}, file)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, KeyboardInterrupt):  # torch's writer covers it with an error of its own
+            raise cause from None
         if not isinstance(cause, OSError):
             raise
         kept = f"; the checkpoint that was there is untouched ({path})" if Path(path).exists() else ""
