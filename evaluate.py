@@ -145,6 +145,9 @@ def parse(argv=None):
         for name in names:
             if name in given and not getattr(args, switch):
                 parser.error(f"--{name.replace('_', '-')} goes with --{switch}, which is not given")
+    for name in ("epsilon", "max_batches"):
+        if name in given and args.dynamic == "sgd":
+            parser.error(f"--{name.replace('_', '-')} goes with --dynamic rms, not with sgd")
     if args.eval_batch > 1 and (args.pointer or args.dynamic or args.tune or args.temperature != 1):
         parser.error(f"adaptation reads one column: leave out --eval-batch {args.eval_batch}")
     if args.record and args.text:

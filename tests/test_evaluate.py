@@ -278,6 +278,8 @@ def test_the_record_and_its_table(printed, results, tiny_run, tmp_path):
         (["--pointer-start", "window"], ["--pointer-start goes with --pointer"]),
         (["--lamb", "0.1"], ["--lamb goes with --dynamic"]),
         (["--max-batches", "1"], ["--max-batches goes with --dynamic"]),
+        (["--dynamic", "sgd", "--max-batches", "1"], ["--max-batches goes with --dynamic rms", "not with sgd"]),
+        (["--dynamic", "sgd", "--epsilon", "1"], ["--epsilon goes with --dynamic rms", "not with sgd"]),
         (["--tune-tokens", "9"], ["--tune-tokens goes with --tune"]),
         (["--pointer", "--eval-batch", "10"], ["--eval-batch 10", "one column"]),
         (["--tune", "--text", "x"], ["--tune", "without --text"]),

@@ -16,8 +16,8 @@ COLUMNS = 100
 ROWS = 512
 """Steps whose cache is looked up at once."""
 
-THETAS = (0.1, 0.2, 0.3, 0.45, 0.65, 1.0, 1.5, 2.0)
-WINDOWS = (200, 500, 1000, 2000, 3785)
+THETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.65, 1.0, 1.5, 2.0)
+WINDOWS = (50, 100, 200, 500, 1000, 2000, 3785)
 LAMBDAS = tuple(number / 50 for number in range(1, 21))
 TEMPERATURES = (0.85, 0.9, 0.93, 0.96, 0.98, 1.0, 1.02, 1.04, 1.07, 1.1, 1.15)
 RATIO = 1.5
