@@ -38,9 +38,10 @@ FAST = {
     "lr": 3e-3,
     "betas": [0.75, 0.99],
     "batch_size": 20,
+    "variable_bptt": False,
     "partial_shuffle": True,
     "schedule": "onecycle",
-    "epochs": 40,
+    "epochs": 38,
     "amp": "bf16",
 }
 RECIPES = {"paper": PAPER, "fast": FAST}
