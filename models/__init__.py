@@ -6,7 +6,9 @@ Axes in every docstring: T time, B batch, E embedding, H hidden, V vocabulary. T
 from .awd import AWD
 from .forget_mult import BackwardForgetMult, ForgetMult, forget_mult, recurrence
 from .language_model import LanguageModel, ModelError
+from .native import Native
 from .qrnn import QRNN, QRNNCore, QRNNLayer
+from .quantized import Quantized
 from .rmc import RMC, RelationalMemory
 from .rnn import RNN
 
@@ -22,7 +24,8 @@ def build(config):
     """The LanguageModel that a plain dictionary describes; checkpoints keep this dictionary.
 
     config: {"family": a key of CORES, "core": the arguments of that core, and those of LanguageModel
-        ("vocab_size", "tied", "dropouti", ...)}.
+        ("vocab_size", "tied", "dropouti", ...)}. With "quantization", settings of quantized.Integers, the model is
+        Quantized; with "native": True it is Native, whose weights are int8.
 
     Raises ModelError for an unknown family or sizes that do not fit each other.
     """
@@ -30,4 +33,5 @@ def build(config):
     family, core = arguments.pop("family"), arguments.pop("core")
     if family not in CORES:
         raise ModelError(f"unknown model family {family!r}: this version knows {', '.join(CORES)}")
-    return LanguageModel(core=CORES[family](**core), **arguments)
+    kind = Quantized if "quantization" in arguments else Native if arguments.pop("native", False) else LanguageModel
+    return kind(core=CORES[family](**core), **arguments)

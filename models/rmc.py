@@ -155,11 +155,11 @@ class RelationalMemory(nn.Module):
                 qkv = torch.cat([qkv_norm(project(memory)), row_qkv[:, None]], 1)
             if block + 1 == self.numblocks and not self.port:
                 rows = rows[:, : self.memslots]
-            rows = self.attention_norm[own](rows + self._attention(qkv, rows.shape[1]))
+            rows = self.attention_norm[own](rows + self.attention(qkv, rows.shape[1]))
             rows = self.mlp_norm[own](rows + self._mlp(rows, products))
         return rows[:, : self.memslots]
 
-    def _attention(self, qkv, queries):
+    def attention(self, qkv, queries):
         """Projections (B, R, N * (2K + D)) -> what the first `queries` rows attend to, (B, queries, F)."""
         sizes = (self.keysize, self.keysize, self.headsize)
         q, k, v = qkv.unflatten(-1, (self.numheads, -1)).split(sizes, dim=-1)

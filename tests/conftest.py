@@ -1,6 +1,7 @@
 """Corpora, checkpoints and script runs that the tests share."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,7 @@ def fails(capsys, monkeypatch):
             cli.run(main)
         error = capsys.readouterr().err
         assert exit_info.value.code == code
-        assert error.count("\n") == 1 and error.startswith(("script.py: error: ", "script.py speed: error: ")), error
+        assert error.count("\n") == 1 and re.match(r"script\.py( speed| prune| quantize)?: error: ", error), error
         return error
 
     return call

@@ -245,7 +245,14 @@ def test_another_format_is_refused_with_both_versions(path, refused, version):
     """What the file has and what is read."""
     path.write_bytes(saved(format=version))
     message = refused()
-    assert f"format {version}" in message and f"reads {checkpoint.FORMAT}" in message
+    assert f"format {version}" in message and f"reads {checkpoint.BEFORE} and {checkpoint.FORMAT}" in message
+
+
+def test_the_format_before_is_read(path):
+    """It had no pruning; nothing else differs."""
+    old = {name: part for name, part in content().items() if name != "pruning"}
+    torch.save({"format": checkpoint.BEFORE, **old}, path)
+    assert checkpoint.load(path)["pruning"] == {"schedule": "", "masks": {}}
 
 
 def test_family_is_checked(path, refused):

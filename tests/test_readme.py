@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, InProcess
 
 import benchmark
+import compress
 import evaluate
 import generate
 import train_awd
@@ -43,6 +44,7 @@ def check_training(script, argv, out):
     """Trains with the flags shown, at a small size; perplexity is printed, a checkpoint written, updates made."""
     small = [] if "--resume" in argv else [*TRAINED[script][1], "--epochs=2"]
     small += ["--cutoffs", "10", "100"] if "--cutoffs" in argv else []
+    small += ["--nlayers=2"] if "--compress" in argv else []
     record = TRAINED[script][0].main([flag for flag in argv if flag != "--cuda"] + small)
     assert sum(epoch["batches"] for epoch in record["history"]["epochs"]) >= 2
     assert record["results"]["test"]["batch_size"] == 1
@@ -73,6 +75,12 @@ def check_evaluate(argv, out):
     """Prints perplexities."""
     evaluate.main(argv)
     assert len(re.findall(r"ppl +[\d.]+", out())) >= 2
+
+
+def check_compress(argv, out):
+    """Writes a smaller checkpoint, or prints a table."""
+    compress.main(argv)
+    assert "| total |" in out() if "--summary" in argv else os.path.isfile(argv[argv.index("--output") + 1])
 
 
 def check_benchmark(argv, out, monkeypatch, tmp_path):
@@ -121,6 +129,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folde
     shutil.copytree(corpus_folder("penn"), "data/penn", ignore=shutil.ignore_patterns("*.pkl"))
     small_splits(tmp_path / "data" / "penn")
     shutil.copy(ROOT / "README.md", "README.md")
+    shutil.copytree(ROOT / "schedules", "schedules")
     small_splits(pydocs.ensure(tmp_path / "data" / "pydocs"))
     run = 0
 
@@ -143,6 +152,8 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folde
             check_generate(argv[1:], out)
         elif argv[0] == "evaluate.py":
             check_evaluate(argv[1:], out)
+        elif argv[0] == "compress.py":
+            check_compress(argv[1:], out)
         else:
             assert argv[0] == "benchmark.py", line
             check_benchmark(argv[1:], out, monkeypatch, tmp_path)

@@ -75,7 +75,7 @@ def test_published_fine_tuning(line, meaning, tmp_path):
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "runs" / "first" / "best.pt").touch()
     flags = vars(parse(*line.split(), "--runs-dir", str(tmp_path / "runs"), "--finetune", "first"))
-    expected = PAPER | meaning | {"bptt_max": 80, "finetune": str(tmp_path / "runs" / "first")}
+    expected = PAPER | meaning | {"bptt_max": 80, "finetune": str(tmp_path / "runs" / "first" / "best.pt")}
     assert {name: flags[name] for name in expected} == expected
 
 

@@ -122,7 +122,8 @@ def test_every_model_flag_reaches_the_model():
 def test_every_training_flag_is_read():
     """No flag of the train scripts is parsed and then forgotten: each name is used in the code that trains."""
     source = "".join(
-        (ROOT / "utils" / f"{name}.py").read_text() for name in ("experiment", "trainer", "optim", "runtime", "cli")
+        (ROOT / "utils" / f"{name}.py").read_text()
+        for name in ("experiment", "trainer", "optim", "runtime", "cli", "pruning")
     )
     source += (ROOT / "train_rnn.py").read_text()
     for action in train_rnn.build_parser()._actions:

@@ -1,8 +1,8 @@
 """One file a model: plain containers and tensors, written atomically, read without executing anything.
 
 A checkpoint is a dictionary: format, config (for models.build), vocabulary {words, counts}, weights, args (the flags),
-corpus {name, data, checksums, options}; and what training goes on from: optimizer, average, schedule, rng, position,
-history, best.
+corpus {name, data, checksums, options}; pruning {schedule, masks}; and what training goes on from: optimizer, average,
+schedule, rng, position, history, best.
 """
 
 import pickle
@@ -17,7 +17,7 @@ from models import CORES, build
 
 from . import UserError
 
-FORMAT = 2
+FORMAT, BEFORE = 3, 2
 PARTS = ("config", "vocabulary", "weights")
 
 
@@ -65,8 +65,11 @@ def load(path):
         raise UserError(damaged) from None
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in PARTS):
         raise UserError(f"{path} is no checkpoint of recurrent-lm: expected one that its train scripts wrote")
+    if checkpoint.get("format") == BEFORE:
+        checkpoint |= {"format": FORMAT, "pruning": {"schedule": "", "masks": {}}}
     if checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} has checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}")
+        read = f"{BEFORE} and {FORMAT}"
+        raise UserError(f"{path} has checkpoint format {checkpoint.get('format')}, this version reads {read}")
     words, counts = (checkpoint["vocabulary"].get(key, ()) for key in ("words", "counts"))
     if not len(words) == len(counts) == checkpoint["config"].get("vocab_size"):
         raise UserError(

@@ -19,11 +19,12 @@ from models.softmax import default_cutoffs, split_cutoffs
 
 from . import TrainingError, UserError, checkpoint, optim, report
 from .report import RunFolder
+from .summary import KINDS
 
 MAY_CHANGE = ("epochs", "max_minutes", "log_interval", "threads")
 """Flags that --resume lets differ (epochs not under one-cycle; other threads give up bit equality)."""
-LOCATORS = ("data", "runs_dir", "resume", "name")
-"""Flags that say where things are; the corpus is compared by its checksums."""
+LOCATORS = ("data", "runs_dir", "resume", "name", "summary")
+"""Flags that say where things are, the corpus is compared by its checksums; and one that only looks."""
 LOST_PROCESS = re.compile("gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 """What torch says in the other processes when one of a run has died."""
 
@@ -93,7 +94,7 @@ seed_number = number(int, 0, 2**63 - 1)
 def training_parser(description):
     """A parser with the flags that every train script has."""
     parser = Parser(description=description)
-    for add in (add_data, add_softmax, add_training, add_run, add_runtime):
+    for add in (add_data, add_softmax, add_training, add_compression, add_run, add_runtime):
         add(parser)
     return parser
 
@@ -181,6 +182,11 @@ def add_training(parser):
         help="start from the best model of this run (name or folder), average from the first step (ntasgd) and stop by "
         "the same rule",
     )
+    group.add_argument(
+        "--start-from",
+        metavar="RUN",
+        help="start from the best model of this run (name or folder) or from a checkpoint, pruned weights stay pruned",
+    )
     group.add_argument("--epochs", type=positive_int, default=100, help="upper epoch limit")
     group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="columns of text")
     group.add_argument("--bptt", type=positive_int, default=100, metavar="T", help="steps of each window")
@@ -223,6 +229,34 @@ def add_training(parser):
         help="how weights start: as torch and word_language_model have them, or normal with variance 1 / inputs",
     )
     group.add_argument("--seed", type=seed_number, default=1111, help="random seed, fixes everything")
+
+
+def add_compression(parser):
+    """Pruning while training, and a look at the weights."""
+    group = parser.add_argument_group("compression")
+    group.add_argument(
+        "--summary", choices=KINDS, help="print a table of the model (--resume's, --start-from's) and end"
+    )
+    group.add_argument("--compress", metavar="FILE", help="prune by this schedule (YAML; published ones: schedules/)")
+    group.add_argument("--sparsity", type=probability, metavar="S", help="prune every matrix gradually to this part")
+    group.add_argument(
+        "--prune-epochs",
+        type=epochs_window,
+        default=(2, 20, 1),
+        metavar="START:END:EVERY",
+        help="of --sparsity: when START epochs are done, then after EVERY other, for the last time before END",
+    )
+
+
+def epochs_window(text):
+    """An argparse type: START:END:EVERY, whole numbers."""
+    try:
+        start, end, every = map(int, text.split(":"))
+    except ValueError:
+        start, end, every = 0, 0, 0
+    if not (0 <= start < end and every >= 1):
+        raise argparse.ArgumentTypeError(f"expected START:END:EVERY with 0 <= START < END and EVERY >= 1, got {text}")
+    return start, end, every
 
 
 def add_run(parser):
@@ -326,11 +360,19 @@ def _settle(parser, given, args, recipe):
         parser.error(f"--when and --schedule when go together, got --when {args.when}, --schedule {args.schedule}")
     if args.optimizer == "adam" and args.schedule == "onecycle" and not 0.05 <= args.betas[0] < 0.95:
         parser.error(f"--betas {args.betas[0]:g}: onecycle moves it by 0.05 both ways, give one of 0.05 to below 0.95")
+    if args.finetune and args.start_from:
+        parser.error("--finetune and --start-from exclude each other: both name the weights to start from")
+    if args.start_from and not os.path.isfile(args.start_from):
+        args.start_from = str(find_run("--start-from", args.start_from, args.runs_dir, "best.pt").best)
     if args.finetune:
         if args.optimizer != "ntasgd":
             parser.error(f"--finetune averages: it goes with --optimizer ntasgd, got {args.optimizer}")
-        args.finetune = str(find_run("--finetune", args.finetune, args.runs_dir, "best.pt").path)
+        args.finetune = str(find_run("--finetune", args.finetune, args.runs_dir, "best.pt").best)
         args.bptt_max = args.bptt_max or args.bptt + 10
+    if args.compress and args.sparsity:
+        parser.error("--compress and --sparsity exclude each other: a file describes all of its pruning")
+    if "prune_epochs" in given and not args.sparsity:
+        parser.error("--prune-epochs goes with --sparsity, which is not given")
     if args.adaptivesoftmax and given.get("splitcross"):
         parser.error("--splitcross and --adaptivesoftmax exclude each other: choose one")
     args.splitcross = args.splitcross and not args.adaptivesoftmax

@@ -12,6 +12,7 @@ from models.softmax import IGNORE
 from . import UserError, checkpoint, cli, onnx_export, report, runtime
 from .distributed import Processes
 from .report import RunFolder
+from .summary import summary_text
 from .trainer import Trainer
 
 DECISIVE = ("optimizer", "lr", "momentum", "schedule", "clip", "wdecay", "epochs", "batch_size", "bptt", "dropout")
@@ -22,7 +23,7 @@ def train(family, parser, recipes, model_config, argv=None):
     """What every train script does: parse flags, load the corpus, build the model's configuration, fit.
 
     family: of models.CORES. parser, recipes: for cli.parse_training. model_config: (args, vocabulary size) -> the
-    dictionary for models.build. Returns the run record.
+    dictionary for models.build. Returns the run record, None with --summary.
     """
     args, resumed = cli.parse_training(parser, recipes, argv, family)
     corpus = cli.load_corpus(args)
@@ -52,8 +53,13 @@ def _fit(args, corpus, config, resumed, device, machine):
     check_ends(args, corpus)
     torch.manual_seed(args.seed)
     model = build(config).to(device)
-    if args.finetune and resumed is None:
-        start_from(args, corpus, model, config["family"])
+    masks = {}
+    if resumed is not None:
+        checkpoint.load_weights(model, resumed, f"--resume {args.resume}")
+    elif args.finetune or args.start_from:
+        masks = start_from(args, corpus, model, config["family"])
+    if args.summary:
+        return report.say(summary_text(model, args.summary))
     processes = Processes(device)
     replicas, parts = runtime.data_parallel(model, device)
     if processes.size > 1:
@@ -75,7 +81,7 @@ def _fit(args, corpus, config, resumed, device, machine):
         for part in folder.path.glob(".*.tmp"):  # a process killed while it wrote
             part.unlink()
     with report.closing_logs(folder):
-        run = Trainer(args, corpus, config, model, replicas, stream, folder, processes)
+        run = Trainer(args, corpus, config, model, replicas, stream, folder, processes, masks)
         folder.open_logs(resumed and resumed["position"]["log_sizes"])
         if resumed is None:
             folder.log(f"| {report.command(args.argv)}", "train")
@@ -93,16 +99,17 @@ def _fit(args, corpus, config, resumed, device, machine):
 
 
 def start_from(args, corpus, model, family):
-    """Give the model the best weights of the run that --finetune names.
+    """Give the model the best weights of what --finetune or --start-from names; returns its masks (utils/pruning.py).
 
     Raises UserError when they are another family's or another corpus's, or do not fit.
     """
-    path = RunFolder(args.finetune).best
+    flag, path = ("--finetune", args.finetune) if args.finetune else ("--start-from", args.start_from)
     trained = checkpoint.load(path)
     checkpoint.expect_family(trained, path, [family])
     if trained["vocabulary"]["words"] != corpus.vocabulary.words:
-        raise UserError(f"--finetune {args.finetune}: its vocabulary is not that of {args.data}; give its --data")
+        raise UserError(f"{flag} {path}: its vocabulary is not that of {args.data}; give its --data")
     checkpoint.load_weights(model, trained, path)
+    return trained["pruning"]["masks"]
 
 
 def check_ends(args, corpus):

@@ -212,13 +212,15 @@ def evaluation_record(model, saved, corpus, adaptation, scores, minutes, args):
     minutes: of all that it took, statistics and search included.
     """
     name, device = Path(args.checkpoint).name, next(model.parameters()).device
-    epoch = saved["best"]["epoch"]
+    epoch, config = saved["best"]["epoch"], saved["config"]
+    if "quantization" in config:  # its statistics are many numbers
+        config = {**config, "quantization": {k: v for k, v in config["quantization"].items() if k != "statistics"}}
     return {
         "kind": "evaluation of a checkpoint",
         "name": Path(args.record).stem,
         "command": command(args.argv),
         "environment": environment(device, args.amp),
-        "model": {**saved["config"], "parameters": model.num_params()},
+        "model": {**config, "parameters": model.num_params()},
         "corpus": {"name": corpus},
         "adaptation": adaptation,
         "minutes": minutes,

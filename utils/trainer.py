@@ -12,6 +12,7 @@ from data.batching import column_starts, rotated, variable_lengths, window_lengt
 
 from . import TrainingError, checkpoint, onnx_export, optim, report, runtime
 from .evaluation import Score, detach, evaluate, perplexity
+from .pruning import Pruning, chosen_schedule
 from .report import RULE
 
 SUMS = ("loss", "count", "epoch_loss", "epoch_count", "bad_step", "bad_norm")
@@ -75,15 +76,17 @@ class Trainer:
 
     replicas is what takes training steps: the model, or its copies on several GPUs.
     epoch counts from 1; batch is the number of windows done in it; state is carried from window to window.
+    masks: of weights that are pruned from the start, as utils/pruning.py has them.
     """
 
-    def __init__(self, args, corpus, config, model, replicas, stream, folder, processes):
+    def __init__(self, args, corpus, config, model, replicas, stream, folder, processes, masks):
         self.args, self.corpus, self.config = args, corpus, config
         self.processes, self.device = processes, processes.device
         self.model, self.replicas, self.stream, self.folder = model, replicas, stream, folder
         self.optimizer = optim.build_optimizer(args, model.parameters())
         self.schedule = optim.build_schedule(args, self.optimizer)
         self.average = optim.Average(args, model.parameters())
+        self.pruning = Pruning(model, chosen_schedule(args), f"--compress {args.compress}", masks)
         self.clock = runtime.Clock(self.device)
         self.epoch, self.batch, self.seconds = 1, 0, 0.0
         self.cut_epoch()
@@ -125,6 +128,8 @@ class Trainer:
     def train_epoch(self, interrupted):
         """The windows of the epoch that are left; sets status when it has to stop before the end."""
         args = self.args
+        if self.batch == 0:
+            self.prune()
         self.model.train()
         marks = [self.clock.mark()]
         hidden = True if self.processes.rank > 0 else None
@@ -136,6 +141,7 @@ class Trainer:
                 loss, count, norm, self.state, forward = training_step(
                     self.replicas, self.optimizer, tokens, targets, self.state, args, self.clock
                 )
+                self.pruning.apply()
                 self.average.step()
                 self.batch += 1
                 self.add(loss, count, norm)
@@ -152,6 +158,21 @@ class Trainer:
                     break
         self.account(marks)
         self.check_finite()
+
+    def prune(self):
+        """Let the pruners act that are due before the epoch; what was best with more weights is best no more."""
+        acted = self.pruning.start_epoch(self.epoch - 1)
+        if acted:
+            self.best = None
+            part = self.pruning.count() / self.model.num_params()
+            self.folder.log(f"| pruned {' '.join(acted)} | {part:.2%} of all parameters are 0", "train")
+
+    @contextmanager
+    def evaluated(self):
+        """Inside the `with` the model has the weights to evaluate: the mean, if there is one, pruned."""
+        with self.average.applied() as averaged:
+            self.pruning.apply()
+            yield averaged
 
     def progress(self):
         """The part of all epochs that is done, 0 to 1."""
@@ -220,7 +241,7 @@ class Trainer:
         start = time.monotonic()
         lr = self.optimizer.param_groups[0]["lr"]
         partial = self.status != "running" and self.batch < self.batches
-        with self.average.applied() as averaged:
+        with self.evaluated() as averaged:
             score = self.score_valid()
         self.seconds = time.monotonic() - self.started
         entry = self.entry(score, lr, partial, time.monotonic() - start) | {"averaged": averaged}
@@ -249,7 +270,7 @@ class Trainer:
             self.sums.zero_()
             self.timing = dict.fromkeys(self.timing, 0)
         if improved:
-            with self.average.applied():
+            with self.evaluated():
                 self.save(self.folder.best)
                 self.save(self.args.save)
         self.save(self.folder.last)
@@ -327,7 +348,11 @@ class Trainer:
             "status": self.status,
             "command": report.command(self.args.argv),
             "config": flags,
-            "model": {**self.config, "parameters": self.model.num_params()},
+            "model": {
+                **self.config,
+                "parameters": self.model.num_params(),
+                "pruned": self.pruning.count(),
+            },
             "corpus": report.corpus_record(self.corpus),
             "environment": report.environment(self.device, self.args.amp),
             "epochs": len(epochs),
@@ -362,6 +387,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "average": self.average.state_dict(),
+                "pruning": self.pruning.state_dict(),
                 "rng": runtime.rng_state(),
                 "position": {
                     "epoch": self.epoch,
@@ -378,11 +404,11 @@ class Trainer:
         )
 
     def restore(self, saved):
-        """Go on from a checkpoint that `save` wrote."""
-        checkpoint.load_weights(self.model, saved, f"--resume {self.args.resume}")
+        """Go on from a checkpoint that `save` wrote, whose weights the model has already."""
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.average.load_state_dict(saved["average"])
+        self.pruning.load_state_dict(saved["pruning"])
         position = saved["position"]
         self.epoch, self.batch, self.seconds = position["epoch"], position["batch"], position["seconds"]
         self.state = tuple(self.processes.own_columns(part).to(self.device) for part in position["state"])
