@@ -31,7 +31,7 @@ def build_parser():
     prune.add_argument(
         "--structured", action="store_true", help="remove the part --sparsity of each layer's hidden units instead"
     )
-    add_quantize(commands.add_parser("quantize", help="operations in integers of few bits, simulated"))
+    add_quantize(commands.add_parser("quantize", help="integers of few bits, simulated or native"))
     return parser
 
 
@@ -136,7 +136,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if not args.command and not args.summary:
-        parser.error("nothing to do: give the command prune, or --summary")
+        parser.error("nothing to do: give a command, prune or quantize, or --summary")
     model, _, saved = checkpoint.load_model(args.checkpoint, "cpu")
     if args.command and "native" in saved["config"]:
         raise UserError(f"{args.checkpoint} has weights of 8 bits already: give the checkpoint that it was made of")

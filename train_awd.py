@@ -29,7 +29,7 @@ PAPER = {
     "epochs": 8000,
     "log_interval": 200,
 }
-# Penn Treebank in 160 minutes of two CPU cores: the published model and dropouts, Adam on one cycle, bfloat16
+# meant for Penn Treebank in 160 minutes of two CPU cores: the published model and dropouts, Adam on one cycle, bfloat16
 FAST = {
     **PAPER,
     "dropouth": 0.25,

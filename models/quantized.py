@@ -156,10 +156,11 @@ class Integers(Floats):
         """The result of an operation, from whole numbers as float64 on its grid, its zero added."""
         return Number(integers.round().clamp(*self.grids[name].ends).int(), name, self.grids[name])
 
-    def weight(self, name, weight, per_channel):
+    def weight(self, name, weight):
         """The integers (N, K) of a matrix less their zero, as float64, and their grid; made once."""
         if name not in self.weights:
-            low, high = (weight.amin(1, True), weight.amax(1, True)) if per_channel else (weight.amin(), weight.amax())
+            rows = (1, True) if self.settings["per_channel"] else ()
+            low, high = weight.amin(*rows), weight.amax(*rows)
             grid = grid_of(low, high, self.settings["mode"], self.settings["weight_bits"])
             self.weights[name] = (grid.integers(weight) - grid.zero).double(), grid
         return self.weights[name]
@@ -172,7 +173,7 @@ class Integers(Floats):
 
     def embedding(self, name, tokens, weight):
         if self.half(name):
-            return self.as_half(name, lambda weight: weight[tokens], weight)
+            return self.as_half(name, lambda rows: rows, weight[tokens])
         if name not in self.weights:
             self.weights[name] = self.grids[name].integers(weight)
         return Number(self.weights[name][tokens], name, self.grids[name])
@@ -180,7 +181,7 @@ class Integers(Floats):
     def linear(self, name, x, weight, bias, feeds=None):
         if self.half(name):
             return self.as_half(name, torch.nn.functional.linear, x, weight, bias)
-        x, (q, grid) = self.integer(x), self.weight(name, weight, self.settings["per_channel"])
+        x, (q, grid) = self.integer(x), self.weight(name, weight)
         step = x.grid.scale * (grid.scale[:, 0] if self.settings["per_channel"] else grid.scale)
         total = (x.values - x.grid.zero).double() @ q.t()  # whole numbers below 2^53: exact
         if bias is not None:

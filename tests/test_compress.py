@@ -64,6 +64,10 @@ def test_pruned_twice_and_trained_on(train, tmp_path):
     dense = str(tmp_path / "runs" / "dense" / "best.pt")
     compress.main(["prune", "--checkpoint", dense, "--output", once, "--sparsity", "0.7", "--weights", "weight_hh_l0"])
     compress.main(["prune", "--checkpoint", once, "--output", twice, "--sparsity", "0.3", "--weights", "weight_ih_l0"])
+    again = str(tmp_path / "again.pt")
+    compress.main(["prune", "--checkpoint", twice, "--output", again, "--sparsity", "0.2"])
+    assert (weights_of(again)["core.rnn.weight_hh_l0"] == 0).sum() == int(0.7 * 484)
+    assert int((~checkpoint.load(again)["pruning"]["masks"]["core.rnn.weight_hh_l0"]).sum()) == int(0.7 * 484)
     record = train("--name=sparse", "--start-from", twice, "--epochs=3")
     for name, part in (("core.rnn.weight_hh_l0", 0.7), ("core.rnn.weight_ih_l0", 0.3)):
         before, after = weights_of(twice)[name], weights_of(tmp_path / "runs" / "sparse" / "best.pt")[name]

@@ -89,6 +89,7 @@ policies:
     for done in range(4, 21, 3):
         with torch.no_grad():
             weight.uniform_(-0.3, 0.3)
+        subject.masks.clear()  # other weights: nothing of them is pruned yet
         before = weight.detach().clone()
         subject.start_epoch(done)
         if done < 7:

@@ -31,7 +31,7 @@ def config_of(family, core, tied, nlayers=3, **more):
     return {"family": family, "core": core, "vocab_size": 23, "tied": tied, **more}
 
 
-@pytest.mark.parametrize(("stack", "tied", "nlayers"), itertools.product(STACKS, (True, False), (1, 3)))
+@pytest.mark.parametrize(("stack", "tied", "nlayers"), list(itertools.product(STACKS, (True, False), (1, 3))))
 def test_is_the_model_with_those_units_at_zero(stack, tied, nlayers):
     """Probabilities of both over steps and columns, in float64; sizes as asked."""
     torch.manual_seed(3)

@@ -18,6 +18,7 @@ from models.language_model import INITS, check_cutoffs
 from models.softmax import default_cutoffs, split_cutoffs
 
 from . import TrainingError, UserError, checkpoint, optim, report
+from .pruning import Window
 from .report import RunFolder
 from .summary import KINDS
 
@@ -251,12 +252,12 @@ def add_compression(parser):
 def epochs_window(text):
     """An argparse type: START:END:EVERY, whole numbers."""
     try:
-        start, end, every = map(int, text.split(":"))
-    except ValueError:
-        start, end, every = 0, 0, 0
-    if not (0 <= start < end and every >= 1):
-        raise argparse.ArgumentTypeError(f"expected START:END:EVERY with 0 <= START < END and EVERY >= 1, got {text}")
-    return start, end, every
+        window = tuple(map(int, text.split(":")))
+        Window(*window)
+    except (ValueError, TypeError):
+        expected = "START:END:EVERY with 0 <= START < END and EVERY >= 1"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}") from None
+    return window
 
 
 def add_run(parser):

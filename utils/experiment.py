@@ -11,6 +11,7 @@ from models.softmax import IGNORE
 
 from . import UserError, checkpoint, cli, onnx_export, report, runtime
 from .distributed import Processes
+from .pruning import chosen_schedule
 from .report import RunFolder
 from .summary import summary_text
 from .trainer import Trainer
@@ -53,11 +54,13 @@ def _fit(args, corpus, config, resumed, device, machine):
     check_ends(args, corpus)
     torch.manual_seed(args.seed)
     model = build(config).to(device)
-    masks = {}
     if resumed is not None:
         checkpoint.load_weights(model, resumed, f"--resume {args.resume}")
-    elif args.finetune or args.start_from:
-        masks = start_from(args, corpus, model, config["family"])
+        pruned = resumed["pruning"]
+    else:
+        start = args.finetune or args.start_from
+        masks = start_from(args, corpus, model, config["family"]) if start else {}
+        pruned = {"schedule": chosen_schedule(args), "masks": masks}
     if args.summary:
         return report.say(summary_text(model, args.summary))
     processes = Processes(device)
@@ -81,7 +84,7 @@ def _fit(args, corpus, config, resumed, device, machine):
         for part in folder.path.glob(".*.tmp"):  # a process killed while it wrote
             part.unlink()
     with report.closing_logs(folder):
-        run = Trainer(args, corpus, config, model, replicas, stream, folder, processes, masks)
+        run = Trainer(args, corpus, config, model, replicas, stream, folder, processes, pruned)
         folder.open_logs(resumed and resumed["position"]["log_sizes"])
         if resumed is None:
             folder.log(f"| {report.command(args.argv)}", "train")

@@ -31,11 +31,18 @@ def threshold(weight, bound):
 
 @dataclass(frozen=True)
 class Window:
-    """Of epochs: a pruner acts before an epoch when start, start + frequency, ... below end are done."""
+    """Of epochs: a pruner acts before an epoch when start, start + frequency, ... below end are done.
+
+    Raises ValueError unless 0 <= start < end and frequency >= 1.
+    """
 
     start: int
     end: int
     frequency: int
+
+    def __post_init__(self):
+        if not 0 <= self.start < self.end or self.frequency < 1:
+            raise ValueError(f"from epoch {self.start} to {self.end}, every {self.frequency}")
 
     def due(self, done):
         """Whether the pruner acts when so many epochs are done."""
@@ -179,8 +186,6 @@ def parse_schedule(text, source):
         policies = []
         for policy in schedule["policies"]:
             window = Window(policy["starting_epoch"], policy["ending_epoch"], policy["frequency"])
-            if not 0 <= window.start < window.end or window.frequency < 1:
-                raise ValueError(f"a policy from epoch {window.start} to {window.end}, every {window.frequency}")
             policies.append((made[policy["pruner"]["instance_name"]], window))
     except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -230,7 +235,7 @@ def chosen_schedule(args):
 
 @dataclass
 class Pruning:
-    """The masks of a model's weights, and the policies by which they grow.
+    """The masks of a model's weights, and the policies by which more and more is pruned; none comes back.
 
     schedule: text for parse_schedule, "" for none; source: what an error calls it. masks: {name of a parameter: bool
     tensor of its shape, False where it is held at zero}, to begin with. A pattern names parameters of any kind, "*" the
@@ -274,7 +279,8 @@ class Pruning:
         for (pruner, window), chosen in zip(self.policies, self.chosen, strict=True):
             if window.due(done):
                 for name, pattern in chosen.items():
-                    self.masks[name] = pruner.mask(pattern, self.parameters[name], window, done)
+                    mask = pruner.mask(pattern, self.parameters[name], window, done)
+                    self.masks[name] = mask & self.masks.get(name, mask)
                 acted += chosen
         self.apply()
         return acted
@@ -292,8 +298,3 @@ class Pruning:
     def state_dict(self):
         """What a checkpoint keeps: schedule and masks."""
         return {"schedule": self.schedule, "masks": {name: mask.cpu() for name, mask in self.masks.items()}}
-
-    def load_state_dict(self, state):
-        """Put back what state_dict returned."""
-        self.schedule, self.masks = state["schedule"], state["masks"]
-        self.__post_init__()

@@ -89,12 +89,19 @@ def _stack_axes(config, gates, window, name):
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
-def _rnn_axes(config):
+def _recurrent_axes(config, pattern):
+    """Of nn.LSTM's parameters and the like; pattern: their names, of the number of a layer and the kind of weight."""
+
     def name(number):
-        ih, hh, *biases = (f"core.rnn.{kind}_l{number}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ih, hh, *biases = (pattern.format(number=number, kind=kind) for kind in kinds)
         return ih, hh, biases
 
     return _stack_axes(config, GATES[config["core"]["model"]], lambda number: 1, name)
+
+
+def _rnn_axes(config):
+    return _recurrent_axes(config, "core.rnn.{kind}_l{number}")
 
 
 def _qrnn_names(number):
@@ -109,13 +116,7 @@ def _qrnn_axes(config):
 def _awd_axes(config):
     if config["core"]["model"] == "QRNN":
         return _stack_axes(config, MODES["fo"], lambda number: 1 if number else 2, _qrnn_names)
-
-    def name(number):
-        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        ih, hh, *biases = (f"core.layers.{number}.rnn.{kind}_l0" for kind in kinds)
-        return ih, hh, biases
-
-    return _stack_axes(config, GATES[config["core"]["model"]], lambda number: 1, name)
+    return _recurrent_axes(config, "core.layers.{number}.rnn.{kind}_l0")
 
 
 def _rmc_axes(config):

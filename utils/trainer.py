@@ -12,7 +12,7 @@ from data.batching import column_starts, rotated, variable_lengths, window_lengt
 
 from . import TrainingError, checkpoint, onnx_export, optim, report, runtime
 from .evaluation import Score, detach, evaluate, perplexity
-from .pruning import Pruning, chosen_schedule
+from .pruning import Pruning
 from .report import RULE
 
 SUMS = ("loss", "count", "epoch_loss", "epoch_count", "bad_step", "bad_norm")
@@ -76,17 +76,17 @@ class Trainer:
 
     replicas is what takes training steps: the model, or its copies on several GPUs.
     epoch counts from 1; batch is the number of windows done in it; state is carried from window to window.
-    masks: of weights that are pruned from the start, as utils/pruning.py has them.
+    pruned: schedule and masks that utils/pruning.py begins with.
     """
 
-    def __init__(self, args, corpus, config, model, replicas, stream, folder, processes, masks):
+    def __init__(self, args, corpus, config, model, replicas, stream, folder, processes, pruned):
         self.args, self.corpus, self.config = args, corpus, config
         self.processes, self.device = processes, processes.device
         self.model, self.replicas, self.stream, self.folder = model, replicas, stream, folder
         self.optimizer = optim.build_optimizer(args, model.parameters())
         self.schedule = optim.build_schedule(args, self.optimizer)
         self.average = optim.Average(args, model.parameters())
-        self.pruning = Pruning(model, chosen_schedule(args), f"--compress {args.compress}", masks)
+        self.pruning = Pruning(model, source=f"--compress {args.compress}", **pruned)
         self.clock = runtime.Clock(self.device)
         self.epoch, self.batch, self.seconds = 1, 0, 0.0
         self.cut_epoch()
@@ -348,11 +348,7 @@ class Trainer:
             "status": self.status,
             "command": report.command(self.args.argv),
             "config": flags,
-            "model": {
-                **self.config,
-                "parameters": self.model.num_params(),
-                "pruned": self.pruning.count(),
-            },
+            "model": {**self.config, "parameters": self.model.num_params(), "pruned": self.pruning.count()},
             "corpus": report.corpus_record(self.corpus),
             "environment": report.environment(self.device, self.args.amp),
             "epochs": len(epochs),
@@ -408,7 +404,6 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.average.load_state_dict(saved["average"])
-        self.pruning.load_state_dict(saved["pruning"])
         position = saved["position"]
         self.epoch, self.batch, self.seconds = position["epoch"], position["batch"], position["seconds"]
         self.state = tuple(self.processes.own_columns(part).to(self.device) for part in position["state"])
