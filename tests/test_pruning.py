@@ -227,6 +227,19 @@ def test_what_is_pruned_stays_zero(flags, train, tmp_path, monkeypatch):
     assert "| pruned embedding.weight core.rnn.weight_ih_l0" in (tmp_path / "runs/pruned/train_log.txt").read_text()
 
 
+def test_a_resumed_run_needs_no_schedule_file(train, tmp_path):
+    """The schedule lies in the checkpoint: what is pruned goes on from where it stood, as in one run."""
+    file = tmp_path / "schedule.yaml"
+    file.write_text(AGP.replace("starting_epoch: 2, ending_epoch: 20", "starting_epoch: 0, ending_epoch: 3"))
+    train("--name=whole", "--compress", str(file), "--epochs=3")
+    train("--name=cut", "--compress", str(file), "--epochs=2")
+    file.unlink()
+    train("--resume=cut", "--epochs=3")
+    whole, cut = (zeros(tmp_path / "runs" / name / "last.pt")[1]["weights"] for name in ("whole", "cut"))
+    assert (cut["core.rnn.weight_hh_l0"] == 0).sum() == int(0.7 * 484)
+    assert all(torch.equal(weight, cut[name]) for name, weight in whole.items())
+
+
 def test_weight_drop_does_not_hide_what_is_pruned(tiny_corpus, tmp_path):
     """AWD's raw recurrent weights are the ones that become zero."""
     places = ["--data", str(tiny_corpus), "--runs-dir", str(tmp_path), "--save", str(tmp_path / "m.pt"), "--name=awd"]
