@@ -11,7 +11,7 @@ import torch
 
 from data.corpus import Corpus, find_corpus, split_file
 from models.forget_mult import BACKENDS
-from utils import UserError, cli, report, runtime
+from utils import UserError, checkpoint, cli, compressed, report, runtime
 from utils.layers import Layer, Recurrence
 from utils.tables import RENDERERS, RIVALS, figure4_picture, rival_name, scores_text, seeds_text, table_text
 from utils.workers import Worker, load_once, write_zipf
@@ -57,12 +57,14 @@ LARGE = {
 # What `layers` times: sizes, and the ways to compute them.
 RECURRENCES = ((105, 20, 640), (70, 20, 1550))
 LAYERS = ((70, 20, 1550, 1550, 1),)
+PRODUCTS = [(rows, 650, outputs) for outputs in (2600, 10000) for rows in (1, 10, 350)]
 SEEDS = {"pytorch-qrnn": "qrnn", "log-space QRNN": "log_qrnn"}
 GRID = {"batch": (8, 16, 32, 64, 128, 256), "length": (32, 64, 128, 256, 512)}
 
 TOLERANCE = {"off": 1e-5, "bf16": 2e-2}
 """Largest relative difference of a loss from its reference, by --amp; beyond it nothing is timed."""
-LAYER_TOLERANCE = {"scan": 1e-3, "log-space QRNN": 1e-3, "QRNN bf16": TOLERANCE["bf16"]}
+LAYER_TOLERANCE = {"scan": 1e-3, "log-space QRNN": 1e-3}
+LAYER_TOLERANCE |= dict.fromkeys(("QRNN bf16", "bf16", "int8, ours", "int8, torch.ao", "int8, torchao"), 2e-2)
 """Of those that are less exact by nature."""
 
 
@@ -293,6 +295,42 @@ def time_ways(args, kind, sizes, ways):
     return rows
 
 
+def products(args):
+    """Time products of matrices in float32, bfloat16, int8 and compressed rows, at the sizes of an LSTM of 650."""
+    _, machine = runtime.setup(args)
+    rows, ways = [], compressed.ways()
+    for sizes in PRODUCTS:
+        rows += time_ways(args, compressed.Product, sizes, ways)
+    finish(args, machine, {"kind": "products", "rows": rows}, "compression")
+
+
+def compression(args):
+    """Size, peak memory, speed and perplexity of checkpoints, the first also in bf16: what compression really gives."""
+    _, machine = runtime.setup(args)
+    (_, dense), *_ = given = [place.rpartition("=")[::2] for place in args.checkpoints]
+    folder = find_corpus(args.data or checkpoint.load(dense)["args"]["data"])
+    candidates = {name or path: (path, args.amp, args) for name, path in given}
+    candidates[f"{next(iter(candidates))}, bf16"] = (dense, "bf16", args)
+    workers = {name: Worker(*candidate, kind=compressed.Measured) for name, candidate in candidates.items()}
+    rows = {name: {"name": name, "memory_mib": worker("memory"), **worker("facts")} for name, worker in workers.items()}
+    for name, worker in workers.items():
+        for split in ("valid", "test"):
+            rows[name][split] = worker("score", folder, split, args.eval_batch, args.tokens)
+        report.say(f"| {name} | valid ppl {rows[name]['valid']:.2f} | test ppl {rows[name]['test']:.2f}")
+        rows[name] |= {"batch_ms": [], "word_ms": []}
+    for number in report.progress(range(args.warmup + args.rounds), "compression"):
+        for name, worker in workers.items():
+            taken = worker("batch"), worker("words")
+            if number >= args.warmup:
+                rows[name]["batch_ms"].append(taken[0])
+                rows[name]["word_ms"].append(taken[1])
+    for worker in workers.values():
+        worker.end()
+    figures = {"kind": "compression", "corpus": folder.name, "eval_batch": args.eval_batch}
+    figures |= {"steps": compressed.STEPS, "columns": compressed.COLUMNS, "rows": list(rows.values())}
+    finish(args, machine, figures, "compression")
+
+
 def figure4(args):
     """Figure 4 of the QRNN's paper: a training step's parts, and a layer's speed without gradients over nn.LSTM's."""
     _, machine = runtime.setup(args)
@@ -385,6 +423,22 @@ def build_parser():
     add_rounds(command)
     add_record(command)
     command.set_defaults(call=layers)
+    command = commands.add_parser("products", description=products.__doc__, help="time products, compressed and not")
+    add_rounds(command)
+    add_record(command)
+    command.set_defaults(call=products)
+    command = commands.add_parser(
+        "compression", description=compression.__doc__, help="what compressed checkpoints give"
+    )
+    command.add_argument(
+        "checkpoints", nargs="+", metavar="NAME=PATH", help="of one model; the others are compared with the first"
+    )
+    command.add_argument("--data", help="corpus; the one that the first was trained on if not given")
+    command.add_argument("--tokens", type=cli.number(int, 2), help="of each split, from its start; all if not given")
+    command.add_argument("--eval-batch", type=cli.positive_int, default=10, metavar="N", help="columns of perplexities")
+    add_rounds(command)
+    add_record(command)
+    command.set_defaults(call=compression)
     command = commands.add_parser("figure4", description=figure4.__doc__, help="the QRNN paper's figure of speed")
     command.add_argument("--vocab-size", type=cli.number(int, 3), default=10000, help="words; Penn Treebank has 10000")
     add_rounds(command)

@@ -1,4 +1,4 @@
-"""Make a trained model smaller: prune its weights at once, take whole hidden units out of it, or quantize it."""
+"""Make a trained model smaller: prune it at once, take hidden units out, keep no zeros, or quantize it."""
 
 import argparse
 import os
@@ -7,17 +7,21 @@ from data import find_corpus
 from data.corpus import SPLITS, Vocabulary, encode_file, split_file
 from models.native import narrowed
 from models.quantized import CLIPS, MODES
+from models.sparse import SPARSE, thinned
 from utils import UserError, checkpoint, cli, quantization, report
 from utils.pruning import AT_ONCE, Pruning, at_once
 from utils.structured import remove_units
 from utils.summary import KINDS, summary_text
+
+UNPRUNED = {"schedule": "", "masks": {}}
+"""Of a checkpoint that can't be trained on, whose masks would only make it larger."""
 
 
 def build_parser():
     """The flags of this script."""
     parser = cli.Parser(description=__doc__)
     add_model(parser)
-    commands = parser.add_subparsers(dest="command", metavar="{prune,quantize}")
+    commands = parser.add_subparsers(dest="command", metavar="{prune,sparse,quantize}")
     prune = commands.add_parser("prune", help="set weights to zero, or with --structured remove units")
     add_model(prune, default=argparse.SUPPRESS)
     prune.add_argument("--output", default="pruned.pt", metavar="PATH", help="where the smaller checkpoint goes")
@@ -31,6 +35,9 @@ def build_parser():
     prune.add_argument(
         "--structured", action="store_true", help="remove the part --sparsity of each layer's hidden units instead"
     )
+    thin = commands.add_parser("sparse", help="keep only what pruning left: rows without their zeros, faster products")
+    add_model(thin, default=argparse.SUPPRESS)
+    thin.add_argument("--output", default="sparse.pt", metavar="PATH", help="where the smaller checkpoint goes")
     add_quantize(commands.add_parser("quantize", help="integers of few bits, simulated or native"))
     return parser
 
@@ -102,6 +109,15 @@ def prune_units(args, model, saved):
     return {"config": config, "weights": weights, "pruning": {"schedule": "", "masks": masks}}
 
 
+def sparse(args, model, saved):
+    """The checkpoint with its pruned matrices in compressed rows."""
+    weights, counts = thinned(model)
+    if not counts:
+        raise UserError(f"{args.checkpoint} has no matrix that is more than {SPARSE:.0%} zeros: prune it first")
+    report.say(f"| in compressed rows: {' '.join(counts)}")
+    return {"config": {**saved["config"], "sparse": counts}, "weights": weights, "pruning": UNPRUNED}
+
+
 def quantize(args, model, saved):
     """The checkpoint with the settings of its quantization; its weights stay what they are."""
     settings = {name: getattr(args, name) for name in quantization.SETTINGS}
@@ -113,8 +129,9 @@ def quantize(args, model, saved):
         ]
         if changed:
             raise UserError(f"--{changed[0].replace('_', '-')} goes with --backend simulated: native has one way only")
-        report.say(quantization.native_summary(saved))
-        return {"config": {**saved["config"], "native": True}, "weights": narrowed(model), "pruning": saved["pruning"]}
+        config = {**saved["config"], "native": True}
+        report.say(f"| {quantization.summary(config)}")
+        return {"config": config, "weights": narrowed(model), "pruning": UNPRUNED}
     if args.statistics and os.path.isfile(args.statistics):
         settings["statistics"] = quantization.read_statistics(args.statistics)
     else:
@@ -124,11 +141,9 @@ def quantize(args, model, saved):
         if args.statistics:
             quantization.write_statistics(args.statistics, settings["statistics"])
     quantization.check(settings, saved)
-    report.say(quantization.summary(settings))
-    return {
-        "config": {**saved["config"], "quantization": settings},
-        **{name: saved[name] for name in ("weights", "pruning")},
-    }
+    config = {**saved["config"], "quantization": settings}
+    report.say(f"| {quantization.summary(config)}")
+    return {"config": config, **{name: saved[name] for name in ("weights", "pruning")}}
 
 
 def main(argv=None):
@@ -136,13 +151,14 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if not args.command and not args.summary:
-        parser.error("nothing to do: give a command, prune or quantize, or --summary")
+        parser.error("nothing to do: give a command, prune, sparse or quantize, or --summary")
     model, _, saved = checkpoint.load_model(args.checkpoint, "cpu")
-    if args.command and "native" in saved["config"]:
-        raise UserError(f"{args.checkpoint} has weights of 8 bits already: give the checkpoint that it was made of")
+    if args.command and {"native", "sparse"} & saved["config"].keys():
+        raise UserError(f"{args.checkpoint} is compressed already: give the checkpoint that it was made of")
     if args.command:
         before = model.num_params()
-        command = quantize if args.command == "quantize" else prune_units if args.structured else prune
+        commands = {"quantize": quantize, "sparse": sparse, "prune": prune}
+        command = prune_units if getattr(args, "structured", False) else commands[args.command]
         smaller = command(args, model, saved)
         kept = {name: saved[name] for name in ("vocabulary", "args", "corpus", "best")}
         checkpoint.save(args.output, {**kept, **smaller})

@@ -174,10 +174,8 @@ def main(argv=None):
     kind = saved["config"]["core"].get("model", saved["config"]["family"])
     if args.model not in (None, kind):
         raise UserError(f"{args.checkpoint} holds a model of kind {kind}, not {args.model}: leave out --model")
-    if args.dynamic and {"quantization", "native"} & saved["config"].keys():
-        raise UserError(
-            f"--dynamic: {args.checkpoint} is quantized, whole numbers can't learn; give the one it was made of"
-        )
+    if args.dynamic and {"quantization", "native", "sparse"} & saved["config"].keys():
+        raise UserError(f"--dynamic: {args.checkpoint} is compressed and can't learn; give the one it was made of")
     folder = roots = None
     if args.dynamic == "rms" or not args.text:
         folder = find_corpus(args.data or saved["args"]["data"])

@@ -11,6 +11,7 @@ from .qrnn import QRNN, QRNNCore, QRNNLayer
 from .quantized import Quantized
 from .rmc import RMC, RelationalMemory
 from .rnn import RNN
+from .sparse import Sparse
 
 CORES = {"rmc": RMC, "rnn": RNN, "qrnn": QRNNCore, "awd": AWD}
 
@@ -25,7 +26,7 @@ def build(config):
 
     config: {"family": a key of CORES, "core": the arguments of that core, and those of LanguageModel
         ("vocab_size", "tied", "dropouti", ...)}. With "quantization", settings of quantized.Integers, the model is
-        Quantized; with "native": True it is Native, whose weights are int8.
+        Quantized; with "native": True it is Native, whose weights are int8; with "sparse", counts of weights, Sparse.
 
     Raises ModelError for an unknown family or sizes that do not fit each other.
     """
@@ -33,5 +34,7 @@ def build(config):
     family, core = arguments.pop("family"), arguments.pop("core")
     if family not in CORES:
         raise ModelError(f"unknown model family {family!r}: this version knows {', '.join(CORES)}")
-    kind = Quantized if "quantization" in arguments else Native if arguments.pop("native", False) else LanguageModel
+    native = arguments.pop("native", False)
+    kinds = ((native, Native), ("quantization" in arguments, Quantized), ("sparse" in arguments, Sparse))
+    kind = next((kind for asked, kind in kinds if asked), LanguageModel)
     return kind(core=CORES[family](**core), **arguments)

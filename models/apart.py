@@ -5,6 +5,7 @@ LAYER.eltwiseadd_gate, LAYER.act_f, LAYER.eltwisemult_cell_forget, ...
 """
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from .forget_mult.pooling import CANDIDATES, MODES
@@ -15,6 +16,8 @@ from .rnn import RNN, layer_weights
 from .softmax import IGNORE, FullSoftmax
 
 ACTIVATIONS = {**CANDIDATES, "relu": torch.relu}
+MATRICES = (nn.Embedding, nn.Linear, nn.RNNBase, FullSoftmax)
+"""Modules with matrices to compress; gains of norms are none."""
 
 
 class Floats:
@@ -277,3 +280,15 @@ class Apart(LanguageModel):
         log_probs = self.log_probs(hidden).flatten(0, 1)
         loss = functional.nll_loss(log_probs, targets.flatten(), ignore_index=IGNORE, reduction="sum")
         return loss.view(1, 1), loss.new_zeros(1, 1), (targets != IGNORE).sum().view(1, 1), state
+
+    def num_params(self):
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def matrices(model):
+    """(PLACE.NAME, module, NAME) of every matrix to compress, a shared one once for each module that has it."""
+    for place, module in model.named_modules():
+        if isinstance(module, MATRICES):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2:
+                    yield f"{place}.{name}", module, name

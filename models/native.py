@@ -4,11 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .apart import Apart, Floats
-from .softmax import FullSoftmax
-
-MATRICES = (nn.Embedding, nn.Linear, nn.RNNBase, FullSoftmax)
-"""Modules whose matrices become integers; gains of norms stay what they are."""
+from .apart import Apart, Floats, matrices
 
 
 def narrow(weight):
@@ -16,15 +12,6 @@ def narrow(weight):
     scale = weight.abs().amax(1) / 127
     scale = torch.where(scale > 0, scale, 1.0)
     return (weight / scale[:, None]).round().to(torch.int8), scale
-
-
-def matrices(model):
-    """(module, name) of every matrix that becomes integers, a shared one once for each module that has it."""
-    for module in model.modules():
-        if isinstance(module, MATRICES):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 2:
-                    yield module, name
 
 
 class Int8(Floats):
@@ -61,7 +48,7 @@ class Native(Apart):
     def __init__(self, **arguments):
         super().__init__(**arguments)
         made, places = {}, {}
-        for module, name in list(matrices(self)):
+        for _, module, name in list(matrices(self)):
             weight = getattr(module, name)
             if id(weight) not in made:
                 q, scale = narrow(weight.detach())
@@ -74,16 +61,12 @@ class Native(Apart):
     def initial_state(self, batch_size):
         return tuple(part.float() for part in super().initial_state(batch_size))
 
-    def num_params(self):
-        return sum(parameter.numel() for parameter in self.parameters())
-
 
 def narrowed(model):
     """The state_dict of a Native with the weights of a LanguageModel: matrices int8, their scales beside them."""
     weights, made = dict(model.state_dict()), {}
-    names = {id(module): name for name, module in model.named_modules()}
-    for module, name in matrices(model):
-        weight, place = getattr(module, name), f"{names[id(module)]}.{name}"
+    for place, module, name in matrices(model):
+        weight = getattr(module, name)
         if id(weight) not in made:
             made[id(weight)] = narrow(weight.detach())
         weights[place], weights[f"{place}_scale"] = made[id(weight)]

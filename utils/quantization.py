@@ -141,14 +141,16 @@ def read_statistics(path):
     return statistics
 
 
-def operations(saved):
-    """{operation: what it does} of a checkpoint's model, in the order of their first use."""
-    return observe(apart(saved), torch.zeros(2, 1, dtype=torch.int64), {})
+def operations(config):
+    """{operation: its kind} of a model that a checkpoint's config describes, in the order of their first use."""
+    plain = {name: value for name, value in config.items() if name not in ("native", "sparse")}
+    model = build({**plain, "quantization": {**SETTINGS, "statistics": {}}}).eval()
+    return {name: own["kind"] for name, own in observe(model, torch.zeros(2, 1, dtype=torch.int64), {}).items()}
 
 
 def check(settings, saved):
     """Raises UserError when an operation has no statistics, or a pattern of fp16 matches none."""
-    names = list(operations(saved))
+    names = list(operations(saved["config"]))
     missing = [name for name in names if name not in settings["statistics"]]
     if missing:
         raise UserError(f"--statistics: there are none of {', '.join(missing)}; give another file to collect them into")
@@ -157,21 +159,22 @@ def check(settings, saved):
             raise UserError(f"--fp16 {pattern}: no operation is called so; there are {', '.join(names)}")
 
 
-def native_summary(saved):
-    """What models.native computes in integers and what it does not, for the screen."""
-    kinds = {name: own["kind"] for name, own in operations(saved).items()}
-    integers = [name for name, kind in kinds.items() if kind in ("linear", "embedding")]
-    rest = [name for name in kinds if name not in integers]
-    return f"| {len(integers)} operations in int8: {' '.join(integers)} | {len(rest)} in float32: {' '.join(rest)}"
+def kinds(config):
+    """What a model that a checkpoint's config describes computes in what: {integers, float16, float32: operations}."""
+    names, settings = {"integers": [], "float16": [], "float32": []}, config.get("quantization")
+    for name, kind in operations(config).items():
+        if settings:
+            half = in_half(name, settings["fp16"])
+            names["float32" if kind == "free" else "float16" if half else "integers"].append(name)
+        else:
+            names["integers" if "native" in config and kind in ("linear", "embedding") else "float32"].append(name)
+    return names
 
 
-def summary(settings):
-    """How many operations are done in integers, and which are not, for the screen."""
-    names = {"integers": [], "float16": [], "float32": []}
-    for name, own in settings["statistics"].items():
-        half = in_half(name, settings["fp16"])
-        names["float32" if own["kind"] == "free" else "float16" if half else "integers"].append(name)
+def summary(config):
+    """How many operations are done in integers, and which are not, in one line."""
+    names = kinds(config)
     wide = (
         f" | {len(names[kind])} in {kind}: {' '.join(names[kind])}" for kind in ("float16", "float32") if names[kind]
     )
-    return f"| {len(names['integers'])} operations in integers" + "".join(wide)
+    return f"{len(names['integers'])} operations in integers" + "".join(wide)

@@ -274,6 +274,23 @@ def layers_text(record):
     return "\n".join(text)
 
 
+def products_text(record):
+    """The markdown of a products record: a row a way, a column a size; microseconds and times the first way's speed."""
+    sizes, found = dict.fromkeys(tuple(row["sizes"]) for row in record["rows"]), {}
+    for row in record["rows"]:
+        found.setdefault(row["name"], {})[tuple(row["sizes"])] = row
+    first, table_rows = next(iter(found.values())), []
+    for name, own in found.items():
+        cells = [name, f"{max(row['difference'] for row in own.values()):.0e}"]
+        for size in sizes:
+            taken = [1000 * value for value in own[size]["ms"]]
+            ratios = [theirs / value for theirs, value in zip(first[size]["ms"], own[size]["ms"], strict=True)]
+            cells.append(f"{spread(taken)}; {spread(ratios, 2)}")
+        table_rows.append(cells)
+    header = ("product", "difference", *(f"{m} x {k} by {k} x {n}" for m, k, n in sizes))
+    return "Microseconds; times the first row's speed. " + about(record) + report.markdown_table(header, table_rows)
+
+
 PUBLISHED = {
     8: (5.5, 8.8, 11.0, 12.4, 16.9), 16: (5.5, 6.7, 7.8, 8.3, 10.8), 32: (4.2, 4.5, 4.9, 4.9, 6.4),
     64: (3.0, 3.0, 3.0, 3.0, 3.7), 128: (2.1, 1.9, 2.0, 2.0, 2.4), 256: (1.4, 1.4, 1.3, 1.3, 1.3),
@@ -354,6 +371,36 @@ def figure4_picture(record, path):
     figure.savefig(path, dpi=120)
 
 
+COMPRESSION_COLUMNS = (
+    "checkpoint", "file MiB", "weights MiB", "parameters", "zeros %", "peak MiB", "ms/batch", "ms/word",
+    "times the first's batches", "times the first's words", "valid ppl", "test ppl",
+)  # fmt: skip
+
+
+def compression_text(record):
+    """The markdown of a compression record: a row a checkpoint, then what each computes in what."""
+    first, rows = record["rows"][0], []
+    for row in record["rows"]:
+        ratios = [
+            spread([theirs / own for theirs, own in zip(first[key], row[key], strict=True)], 2)
+            for key in ("batch_ms", "word_ms")
+        ]
+        rows.append(
+            [
+                *(row["name"], f"{row['file_mib']:.1f}", f"{row['weights_mib']:.1f}", f"{row['parameters']:,}"),
+                *(f"{100 * row['zeros'] / row['parameters']:.1f}", f"{row['memory_mib']:,.0f}"),
+                *(spread(row["batch_ms"], 1), spread(row["word_ms"], 2), *ratios),
+                *(f"{row[split]:.2f}" for split in ("valid", "test")),
+            ]
+        )
+    types = "\n".join(f"- {row['name']}: {row['types']}" for row in record["rows"])
+    return (
+        f"{record['corpus']}, scored in {record['eval_batch']} columns. A batch is {record['steps']} words of "
+        f"{record['columns']} columns; words are generated in one; the peak is that of loading and generating. "
+        f"{about(record)}{report.markdown_table(COMPRESSION_COLUMNS, rows)}\n{types}\n"
+    )
+
+
 RENDERERS = {
     "quality": quality_text,
     "speed": speed_text,
@@ -363,4 +410,6 @@ RENDERERS = {
     "load": load_text,
     "layers": layers_text,
     "figure4": figure4_text,
+    "compression": compression_text,
+    "products": products_text,
 }

@@ -221,7 +221,10 @@ def work(pipe, kind, *candidate):
             method, arguments = pipe.recv()
         except EOFError:
             return
-        pipe.send(getattr(candidate, method)(*arguments))
+        try:
+            pipe.send(getattr(candidate, method)(*arguments))
+        except UserError as error:
+            pipe.send(error)
 
 
 def load_once(kind, folder, port):

@@ -1,0 +1,82 @@
+"""What benchmark.py says of compressed checkpoints and of products is what they are."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import InProcess
+
+import benchmark
+import compress
+from data.corpus import encode_file
+from utils import UserError, checkpoint, compressed, tables
+from utils.evaluation import evaluate
+from utils.workers import Worker
+
+
+@pytest.fixture
+def checkpoints(tiny_checkpoint, tmp_path):
+    """{name: path}: a dense model and what compress.py makes of it."""
+    paths = {name: str(tmp_path / f"{name}.pt") for name in ("pruned", "sparse", "simulated", "native")}
+    for name, source, *flags in (
+        ("pruned", str(tiny_checkpoint), "prune", "--sparsity", "0.8"),
+        ("sparse", paths["pruned"], "sparse"),
+        ("simulated", str(tiny_checkpoint), "quantize", "--fp16", "decoder"),
+        ("native", str(tiny_checkpoint), "quantize", "--backend", "native"),
+    ):
+        compress.main([*flags, "--checkpoint", source, "--output", paths[name]])
+    return {"dense": str(tiny_checkpoint), **paths}
+
+
+def test_compression(checkpoints, tmp_path, monkeypatch, capsys):
+    """A row a checkpoint and one of the first in bf16: files, weights, zeros and perplexities are the real ones."""
+    monkeypatch.setattr(benchmark, "Worker", InProcess)
+    flags = ["--tokens", "61", "--rounds", "2", "--warmup", "1", "--record", "c", "--results", str(tmp_path)]
+    benchmark.main(["compression", *(f"{name}={path}" for name, path in checkpoints.items()), *flags])
+    record = json.loads((tmp_path / "compression" / "c.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    assert list(rows) == [*checkpoints, "dense, bf16"]
+    for name, path in checkpoints.items():
+        model, vocabulary, saved = checkpoint.load_model(path, "cpu")
+        row, ids = rows[name], encode_file(f"{saved['args']['data']}/test.txt", vocabulary)[0]
+        assert row["test"] == evaluate(model, ids[:61], 10).perplexity
+        assert row["parameters"] == model.num_params() and len(row["batch_ms"]) == len(row["word_ms"]) == 2
+        with open(path, "rb") as file:
+            assert row["file_mib"] == len(file.read()) / 2**20
+    assert rows["pruned"]["zeros"] / rows["pruned"]["parameters"] > 0.7 and rows["sparse"]["zeros"] == 0
+    sizes = [rows[name]["weights_mib"] for name in ("native", "sparse", "dense")]
+    assert sizes == sorted(sizes) and sizes[0] < 0.4 * sizes[2]
+    assert rows["native"]["types"].startswith("4 operations in integers | 10 in float32: layer0.eltwiseadd_gate")
+    assert " | 1 in float16: decoder" in rows["simulated"]["types"]
+    assert rows["dense"]["types"].startswith("0 operations in integers") and 0 < rows["dense, bf16"]["valid"] < 1000
+    text = tables.compression_text(record)
+    assert text in (tmp_path / "compression.md").read_text() and f"- native: {rows['native']['types']}\n" in text
+    ratio = np.median([a / b for a, b in zip(rows["dense"]["word_ms"], rows["native"]["word_ms"], strict=True)])
+    assert f"| {ratio:.2f} (" in next(line for line in text.splitlines() if line.startswith("| native"))
+
+
+def test_what_is_no_checkpoint_is_one_line(tiny_checkpoint, fails, tmp_path):
+    """Here, and from the process that measures."""
+    assert "no checkpoint" in fails(benchmark.main, "compression", f"dense={tmp_path / 'none.pt'}")
+    args = benchmark.build_parser().parse_args(["compression", "x"])
+    worker = Worker(str(tmp_path / "none.pt"), "off", args, kind=compressed.Measured)
+    with pytest.raises(UserError, match="no checkpoint"):
+        worker("memory")
+    worker.end()
+
+
+def test_products(monkeypatch, tmp_path, capsys):
+    """Every way computes the product, as exactly as its numbers allow; the table is of all of them."""
+    monkeypatch.setattr(benchmark, "Worker", InProcess)
+    monkeypatch.setattr(benchmark, "PRODUCTS", [(1, 67, 41), (5, 67, 41)])
+    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: None)
+    flags = ["--rounds", "1", "--warmup", "1", "--record", "p", "--results", str(tmp_path)]
+    benchmark.main(["products", *flags])
+    assert "torchao is not installed" in capsys.readouterr().out
+    record = json.loads((tmp_path / "compression" / "p.json").read_text())
+    assert {row["name"] for row in record["rows"]} == set(compressed.WAYS) - {"int8, torchao"}
+    for row in record["rows"]:
+        low, high = (1e-3, 2e-2) if row["name"].startswith(("int8", "bf16")) else (0, 1e-6)
+        assert low <= row["difference"] < high, row["name"]
+    text = tables.products_text(record)
+    assert text in (tmp_path / "compression.md").read_text() and "5 x 67 by 67 x 41" in text

@@ -1,0 +1,137 @@
+"""What compression really gives, as benchmark.py measures it: checkpoints as they are used, and products by themselves.
+
+Each in a process of its own (utils/workers.py).
+"""
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from data.batching import columns, windows
+from data.corpus import encode_file, split_file
+from generate import sample
+from models.native import Int8, narrow
+from models.sparse import Rows, compressed_rows
+
+from . import checkpoint, quantization, report, runtime, timing
+from .evaluation import evaluate
+
+STEPS, COLUMNS = 35, 10
+"""Of a batch that is timed: word_language_model's."""
+ZEROS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""Parts of a matrix, whose products in compressed rows are timed."""
+WAYS = (
+    "fp32", "bf16", "int8, ours", "int8, torch.ao", "int8, torchao", *(f"rows, {part:.0%} zeros" for part in ZEROS)
+)  # fmt: skip
+
+
+class Measured:
+    """A checkpoint as evaluate.py and generate.py use it."""
+
+    def __init__(self, path, amp, args):
+        self.device, _ = runtime.setup(args)
+        self.path, self.amp = path, amp
+
+    def memory(self):
+        """Peak MiB of loading it and generating 20 words, above what was there before; call it first."""
+        return timing.memory_above(lambda: (self.load(), self.words(20)), self.device)
+
+    def load(self):
+        """Read the file."""
+        self.model, self.vocabulary, self.saved = checkpoint.load_model(self.path, self.device)
+        ids = np.random.default_rng(0).integers(self.model.vocab_size, size=COLUMNS * (STEPS + 1))
+        self.window = next(windows(columns(ids, COLUMNS).to(self.device), [STEPS]))
+        self.state = self.model.initial_state(COLUMNS)
+
+    def facts(self):
+        """Size of the file, numbers in it, zeros among them, and what is computed in what."""
+        stored = {tensor.data_ptr(): tensor.nbytes for tensor in self.model.state_dict().values()}
+        return {
+            "file_mib": Path(self.path).stat().st_size / 2**20,
+            "weights_mib": sum(stored.values()) / 2**20,
+            "parameters": self.model.num_params(),
+            "zeros": sum(int((parameter == 0).sum()) for parameter in self.model.parameters()),
+            "types": quantization.summary(self.saved["config"]),
+        }
+
+    @torch.inference_mode()
+    def batch(self):
+        """Milliseconds of one batch of an evaluation."""
+        with runtime.autocast(self.device, self.amp):
+            return timing.once(lambda: self.model(*self.window, self.state)[0].item())
+
+    def words(self, count=100):
+        """Milliseconds of a generated word."""
+        with runtime.autocast(self.device, self.amp):
+            return timing.once(lambda: sample(self.model, [0], count)) / count
+
+    def score(self, folder, split, batch_size, tokens):
+        """Perplexity of the first `tokens` of a split; all if None."""
+        ids, _ = encode_file(split_file(folder, split), self.vocabulary)
+        return evaluate(self.model, ids[:tokens], batch_size, self.amp).perplexity
+
+
+class Product:
+    """y = x w^T of x (M, K), w (N, K) in one way, a name of WAYS."""
+
+    def __init__(self, way, sizes, checkout, args):
+        runtime.setup(args)
+        torch.manual_seed(0)
+        rows, features, outputs = sizes
+        self.x, self.weight = torch.randn(rows, features), torch.randn(outputs, features)
+        if way.startswith("rows"):
+            zeros = ZEROS[WAYS.index(way) - len(WAYS)]
+            self.weight[torch.rand(outputs, features) < zeros] = 0
+        self.call = self.calls(way)
+
+    def calls(self, way):
+        """x -> y."""
+        weight = self.weight
+        if way == "fp32":
+            return lambda x: functional.linear(x, weight)
+        if way == "bf16":
+            narrow_weight = weight.bfloat16()
+            return lambda x: functional.linear(x.bfloat16(), narrow_weight)
+        if way.startswith("rows"):
+            module = torch.nn.Module()
+            values, module.w_columns, module.w_starts = compressed_rows(weight)
+            operations = Rows({id(values): (module, "w", weight.shape[1])})
+            return lambda x: operations.linear("", x, values, None)
+        if way == "int8, ours":
+            module = torch.nn.Module()
+            q, module.scales = narrow(weight)
+            operations = Int8({id(q): (module, "scales")})
+            return lambda x: operations.linear("", x, q, None)
+        linear = torch.nn.Linear(weight.shape[1], len(weight), bias=False).eval()
+        linear.weight.data.copy_(weight)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if way == "int8, torch.ao":
+                return torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear))
+            from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+            quantize_(linear, Int8DynamicActivationInt8WeightConfig())
+        return linear
+
+    @torch.inference_mode()
+    def difference(self):
+        """Relative difference from float64."""
+        exact = self.x.double() @ self.weight.double().t()
+        return ((self.call(self.x) - exact).norm() / exact.norm()).item()
+
+    @torch.inference_mode()
+    def step(self):
+        """Milliseconds of a product, the median of those that fit into a fiftieth of a second."""
+        return timing.median_time(lambda: self.call(self.x), 0.02)
+
+
+def ways():
+    """WAYS that this installation has; those that it has not, with a line."""
+    if importlib.util.find_spec("torchao"):
+        return WAYS
+    report.say("| torchao is not installed: left out (pip install torchao)")
+    return tuple(way for way in WAYS if way != "int8, torchao")
