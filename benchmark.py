@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from data.corpus import Corpus, find_corpus, split_file
-from models.forget_mult import BACKENDS
 from utils import UserError, checkpoint, cli, compressed, report, runtime
-from utils.layers import Layer, Recurrence
+from utils.layers import WAYS, Layer, Recurrence
 from utils.tables import RENDERERS, RIVALS, figure4_picture, rival_name, scores_text, seeds_text, table_text
 from utils.workers import Worker, load_once, write_zipf
 
@@ -256,9 +255,9 @@ def layers(args):
     """Time the QRNN's recurrence in every way and its layer, beside nn.LSTM and the seeds whose checkouts are given."""
     _, machine = runtime.setup(args)
     seeds = [seed for seed, flag in SEEDS.items() if getattr(args, flag)]
-    rows = []
+    rows, ours = [], [way for way in WAYS if way != ("cpu" if args.cuda else "cuda")]
     for kind, every, ways in (
-        (Recurrence, RECURRENCES, [*BACKENDS, *seeds]),
+        (Recurrence, RECURRENCES, [*ours, *seeds]),
         (Layer, LAYERS, ["QRNN", "QRNN bf16", "nn.LSTM", *seeds]),
     ):
         for sizes in every:

@@ -109,6 +109,19 @@ def better(record):
     record["environment"]["commit"] = None
 
 
+def test_a_compressed_model_is_called_so():
+    """How it was pruned and quantized, in the name that tables show."""
+    core = {"model": "LSTM", "nlayers": 2, "nhid": 17, "loop": False}
+    model = {"family": "rnn", "core": core, "tied": True, "parameters": 1000, "pruned": 0}
+    assert tables.model_name(model) == "LSTM 2x17 tied"
+    assert tables.model_name({**model, "pruned": 804}) == "LSTM 2x17 tied, 80.4% pruned"
+    assert tables.model_name({**model, "native": True}) == "LSTM 2x17 tied, native"
+    settings = {"mode": "asymmetric", "per_channel": True, "clip": "avg", "weight_bits": 8, "activation_bits": 7}
+    named = [tables.model_name({**model, "quantization": settings | {"fp16": fp16}}) for fp16 in ([], ["a", "b"])]
+    assert named[0] == "LSTM 2x17 tied, 8/7 bits asymmetric per channel clip avg"
+    assert named[1] == f"{named[0]} float16 a,b"
+
+
 def test_the_best_test_perplexity_comes_first(table, tiny_run, run):
     """Runs are added to those that are there; a run of the same name takes the place of the old one."""
     worse = run("worse", lambda record: record["results"]["test"].update(perplexity=1234.567))

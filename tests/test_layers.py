@@ -117,7 +117,7 @@ def test_layers_tables(seeds, tmp_path, capsys, monkeypatch):
     """A table a size, a row a way; kept with --record, on a page of its own; one that differs is left out."""
     results = tmp_path / "results"
     results.mkdir()
-    monkeypatch.setattr(benchmark, "BACKENDS", ("reference", "cpu"))
+    monkeypatch.setattr(benchmark, "WAYS", ("reference", "cpu", "cuda"))
     monkeypatch.setattr(benchmark, "Worker", InProcess)
     text = (seeds / "qrnn_layer.py").read_text(encoding="utf-8")
     (seeds / "qrnn_layer.py").write_text(text.replace("(1 - f[:, t])", "f[:, t]"), encoding="utf-8")

@@ -42,6 +42,7 @@ def test_pip_install(tmp_path):
     done = subprocess.run([python, "-c", USE], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "(5, 3, 11) (2, 3, 11) (1, 3, 10) (5, 3, 7)", done.stderr
     installed = {path.name for path in packages.iterdir()}
+    assert (packages / "recurrent_lm" / "forget_mult" / "forget_mult.cu").is_file()
     assert "recurrent_lm" in installed and not {"models", "data", "utils", "tests"} & installed
 
 

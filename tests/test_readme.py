@@ -21,6 +21,7 @@ import train_qrnn
 import train_rmc
 import train_rnn
 from data import prepare, pydocs
+from models.forget_mult import doctor, nvrtc
 from utils import workers
 
 BATCHES = ["--batch-size=20", "--bptt=11", "--threads=1"]
@@ -146,6 +147,10 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folde
         elif argv[:2] == ["-m", "data.prepare"]:
             check_prepare(argv[2:], out, corpus_folder(argv[2]))
             small_splits(tmp_path / "data" / argv[2])
+        elif argv == ["-m", "models.forget_mult.doctor"]:
+            monkeypatch.setattr(nvrtc, "architectures", lambda path: [80])
+            doctor.main()
+            assert re.search(r"sm_80: [\d,]+ bytes", out())
         elif program == "torchrun":
             check_torchrun(argv)
         elif argv[0] in TRAINED:

@@ -60,7 +60,7 @@ def test_products_alone_are_timed_by_shape(monkeypatch):
     """How often times the median; 2 M K N floating point operations each."""
     called = []
 
-    def median_time(call, seconds):
+    def median_time(call, seconds, device):
         called.append(tuple(call().shape))
         return 10.0
 

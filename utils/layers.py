@@ -11,15 +11,18 @@ from models.forget_mult import BACKENDS
 from . import runtime, timing
 from .peers import log_seed, qrnn_seed
 
+WAYS = (*BACKENDS, "cuda")
+"""Of ours to compute the recurrence."""
+
 
 def settle(args, ours):
-    """Apply the settings of ours, or what a peer's users have, denormals apart."""
+    """Apply the settings of ours, or what a peer's users have, denormals apart. Returns the device."""
     if ours:
-        runtime.setup(args)
-        return
+        return runtime.setup(args)[0]
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
+    return torch.device("cuda" if args.cuda else "cpu")
 
 
 class Recurrence:
@@ -30,13 +33,13 @@ class Recurrence:
     """
 
     def __init__(self, way, sizes, checkout, args):
-        settle(args, way in BACKENDS)
+        self.device = settle(args, way in WAYS)
         torch.manual_seed(0)
         steps, batch, features = sizes
-        self.raw = torch.randn(steps, batch, features), torch.randn(steps, batch, features)
-        self.slope = torch.randn(steps, batch, features)
-        self.state = torch.zeros(batch, features)
-        if way in BACKENDS:
+        self.raw = [torch.randn(steps, batch, features).to(self.device) for _ in range(2)]
+        self.slope = torch.randn(steps, batch, features).to(self.device)
+        self.state = torch.zeros(batch, features, device=self.device)
+        if way in WAYS:
             self.solve = lambda f, x, state: forget_mult(f, x, state, backend=way)
         elif way == "pytorch-qrnn":
             module, _ = qrnn_seed(checkout)
@@ -74,7 +77,7 @@ class Recurrence:
     def step(self):
         """Milliseconds of h, forward and backward."""
         leaves = self.leaves()
-        return timing.once(lambda: self.call(*leaves).backward(self.slope))
+        return timing.once(lambda: self.call(*leaves).backward(self.slope), self.device)
 
 
 class Layer:
@@ -85,13 +88,13 @@ class Layer:
     """
 
     def __init__(self, way, sizes, checkout, args):
-        settle(args, way.startswith("QRNN"))
+        self.device = settle(args, way.startswith("QRNN"))
         self.way, self.amp = way, "bf16" if way.endswith("bf16") else "off"
         steps, batch, inputs, features, window = sizes
         torch.manual_seed(0)
         self.ours = QRNNLayer(inputs, features, window=window)
-        self.x = torch.randn(steps, batch, inputs, requires_grad=True)
-        self.slope = torch.randn(steps, batch, features)
+        self.x = torch.randn(steps, batch, inputs).to(self.device).requires_grad_()
+        self.slope = torch.randn(steps, batch, features).to(self.device)
         self.layer = self.ours
         if way == "nn.LSTM":
             self.layer = nn.LSTM(inputs, features)
@@ -107,6 +110,8 @@ class Layer:
                 for (conv, sign), weight, bias in zip(convs, *own, strict=True):
                     conv.weight.copy_(sign * weight[..., None])
                     conv.bias.copy_(sign * bias)
+        self.layer.to(self.device)
+        self.ours.to(self.device)
 
     def call(self, x):
         """The layer's output (T, B, hidden)."""
@@ -127,13 +132,13 @@ class Layer:
         """Milliseconds, forward and backward."""
         self.x.grad = None
         self.layer.zero_grad()
-        return timing.once(lambda: self.call(self.x).backward(self.slope))
+        return timing.once(lambda: self.call(self.x).backward(self.slope), self.device)
 
     def inference(self):
         """Milliseconds without gradients."""
         with torch.no_grad():
-            return timing.once(lambda: self.call(self.x))
+            return timing.once(lambda: self.call(self.x), self.device)
 
     def products(self):
         """Milliseconds of its matrix products alone."""
-        return timing.products_alone(timing.count(self.step).products)[0]
+        return timing.products_alone(timing.count(self.step).products, self.device)[0]

@@ -215,12 +215,13 @@ def evaluation_record(model, saved, corpus, adaptation, scores, minutes, args):
     epoch, config = saved["best"]["epoch"], saved["config"]
     if "quantization" in config:  # its statistics are many numbers
         config = {**config, "quantization": {k: v for k, v in config["quantization"].items() if k != "statistics"}}
+    pruned = sum(int((~mask).sum()) for mask in saved["pruning"]["masks"].values())
     return {
         "kind": "evaluation of a checkpoint",
         "name": Path(args.record).stem,
         "command": command(args.argv),
         "environment": environment(device, args.amp),
-        "model": {**config, "parameters": model.num_params()},
+        "model": {**config, "parameters": model.num_params(), "pruned": pruned},
         "corpus": {"name": corpus},
         "adaptation": adaptation,
         "minutes": minutes,

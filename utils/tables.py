@@ -33,7 +33,19 @@ def model_name(model):
     else:
         name = "AWD-" * (model["family"] == "awd")
         name += f"{core['model']} {core['nlayers']}x{core['nhid']}{' loop' if core['loop'] else ''}"
-    return name + (" tied" if model["tied"] else "") + (" adaptive" if model.get("cutoffs") else "")
+    name += (" tied" if model["tied"] else "") + (" adaptive" if model.get("cutoffs") else "")
+    name += f", {model['pruned'] / model['parameters']:.1%} pruned" if model.get("pruned") else ""
+    return name + "".join(f", {kind}" for kind in ("native", "sparse") if model.get(kind)) + quantization_name(model)
+
+
+def quantization_name(model):
+    """The settings of a simulated model in integers, "" of any other."""
+    settings = model.get("quantization")
+    if not settings:
+        return ""
+    words = [settings["mode"], "per channel" if settings["per_channel"] else "per tensor", f"clip {settings['clip']}"]
+    words += [f"float16 {','.join(settings['fp16'])}"] if settings["fp16"] else []
+    return f", {settings['weight_bits']}/{settings['activation_bits']} bits {' '.join(words)}"
 
 
 def table_row(record):
@@ -261,7 +273,7 @@ def layers_text(record):
     for what, sizes in dict.fromkeys((row["what"], tuple(row["sizes"])) for row in record["rows"]):
         rows = [row for row in record["rows"] if (row["what"], tuple(row["sizes"])) == (what, sizes)]
         names = "T, B, H" if what == "recurrence" else "T, B, input, H, window"
-        first = next(row for row in rows if row["name"] in ("cpu", "QRNN"))
+        first = next(row for row in rows if row["name"] in ("cpu", "cuda", "QRNN"))
         cells = []
         for row in rows:
             ratios = [theirs / ours for ours, theirs in zip(first["ms"], row["ms"], strict=True)]
@@ -401,6 +413,21 @@ def compression_text(record):
     )
 
 
+def cuda_text(record):
+    """The markdown of what tools/cuda_report.py counted."""
+    cards = f"{record['bandwidth'] / 1e12:.2f} TB/s"
+    tables = (
+        (("kernel: registers", *(f"sm_{number}" for number in record["architectures"])), record["registers"]),
+        (("bytes for each number of h", "loaded", "stored", "least loaded", "least stored"), record["traffic"]),
+        (("a training step", "launches by torch alone", "with the kernels", "of them ours"), record["launches"]),
+        ((f"a layer's pooling, mode fo, at {cards}", "forward", "backward"), record["floors"]),
+    )
+    text = (
+        f"{about(record)}NVRTC {record['nvrtc']}; largest spill or stack of any kernel: {record['spilled']} bytes.\n\n"
+    )
+    return text + "\n".join(report.markdown_table(header, rows) for header, rows in tables)
+
+
 RENDERERS = {
     "quality": quality_text,
     "speed": speed_text,
@@ -412,4 +439,5 @@ RENDERERS = {
     "figure4": figure4_text,
     "compression": compression_text,
     "products": products_text,
+    "cuda": cuda_text,
 }

@@ -84,32 +84,28 @@ def products_alone(products, device=CPU, seconds=0.1):
             shapes = zip(((m, k), (k, n)), strides, strict=True)
             operands = (torch.empty_strided(*part, dtype=dtype, device=device).normal_() for part in shapes)
             call = partial(torch.mm, *operands)
-        if device.type == "cuda":
-            call = partial(_finished, call)
-        milliseconds += times * median_time(call, seconds)
+        milliseconds += times * median_time(call, seconds, device)
         gflop += times * 2 * m * k * n / 1e9
     return milliseconds, gflop
 
 
-def _finished(call):
-    """Call, and wait for the GPU."""
-    call()
-    torch.cuda.synchronize()
-
-
-def once(call):
-    """Milliseconds of one call on the CPU."""
+def once(call, device=CPU):
+    """Milliseconds of one call; on a GPU with the wait for it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1000
 
 
-def median_time(call, seconds):
+def median_time(call, seconds, device=CPU):
     """Milliseconds of a call, the median of as many as fit into `seconds`, three at least."""
     call()
     taken, spent = [], 0.0
     while len(taken) < 3 or spent < 1000 * seconds:
-        taken.append(once(call))
+        taken.append(once(call, device))
         spent += taken[-1]
     return statistics.median(taken)
 

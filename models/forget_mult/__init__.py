@@ -17,16 +17,18 @@ import torch
 from torch import nn
 
 from .. import compiled
-from . import cpu, operator, reference, scan, steps
+from . import cpu, cuda, operator, reference, scan, steps
 
 BACKENDS = {"reference": reference, "cpu": cpu, "scan": scan, "torch": steps}
 """The plain loop; compiled, for a CPU; log-space cumulative sums; torch's operations step by step, for any device."""
 
-operator.BACKENDS.update(BACKENDS)
+operator.BACKENDS.update(BACKENDS, cuda=cuda)
 
 
 def choose(tensor):
     """The name of the way that is fastest for a tensor's device."""
+    if tensor.is_cuda and cuda.usable(tensor.device):
+        return "cuda"
     return "cpu" if tensor.device.type == "cpu" and compiled.wanted else "torch"
 
 
@@ -34,8 +36,8 @@ def recurrence(a, b, initial=None, reverse=False, backend=None):
     """h_t = a_t h_{t-1} + b_t: a, b of a common shape (T, B, H) after broadcasting -> h (T, B, H).
 
     initial (B, H): h before the first step, or after the last with reverse; 0 if None. reverse: from the end to the
-    start. backend: a name of BACKENDS; by device if None. The wider type is that of h; the sums are carried in
-    float32 at least. Gradients by a, b and initial; no second ones.
+    start. backend: a name of BACKENDS, or "cuda" for a GPU's kernels; by device if None. The wider type is that of h;
+    the sums are carried in float32 at least. Gradients by a, b and initial; no second ones.
     Raises ValueError for other shapes and unknown backends.
     """
     return _solve(a, b, initial, False, reverse, backend)
@@ -47,8 +49,8 @@ def forget_mult(f, x, initial=None, reverse=False, backend=None):
 
 
 def _solve(gate, x, initial, mix, reverse, backend):
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if backend not in (None, *operator.BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(operator.BACKENDS)}")
     if torch.jit.is_tracing():  # a graph of plain operations
         initial = x.new_zeros(x.shape[1:]) if initial is None else initial
         return reference.forward(gate, x, initial, mix, reverse)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from .. import compiled
-from . import choose, forget_mult, recurrence
+from . import choose, cuda, forget_mult, recurrence
 from .reference import wide
 
 MODES = {"f": 2, "fo": 3, "ifo": 4}
@@ -29,7 +29,7 @@ def pool(gates, initial, mode, candidate, update=None, keep=1.0, reverse=False, 
     reverse: from the last step to the first. backend: of the recurrence; by device, and in one pass over memory on a
     CPU, if None. The output is float32 or wider.
     """
-    if backend is None and compiled.usable(gates, initial):
+    if backend is None and fused(gates, initial):
         return _Pool.apply(gates, initial, update, keep, mode, candidate, reverse)
     gates = gates.to(wide(gates)).chunk(MODES[mode], -1)
     z, f = CANDIDATES[candidate](gates[0]), torch.sigmoid(gates[1])
@@ -43,19 +43,30 @@ def pool(gates, initial, mode, candidate, update=None, keep=1.0, reverse=False, 
     return c * torch.sigmoid(gates[2]) if mode != "f" else c, c[0 if reverse else -1]
 
 
+def fused(gates, initial):
+    """The kernels (forward, backward) that make one pass over memory on a tensor's device, or None."""
+    if compiled.usable(gates, initial):
+        return _pool, _pool_back
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if gates.is_cuda and gates.dtype in cuda.NAMES and not traced and cuda.usable(gates.device):
+        return cuda.pool, cuda.pool_back
+    return None
+
+
 class _Pool(torch.autograd.Function):
     """In one pass over memory; backward computes the activations again from the raw gates."""
 
     @staticmethod
     def forward(ctx, gates, initial, update, keep, mode, candidate, reverse):
-        gates, initial = gates.contiguous(), initial.float().contiguous()
+        gates, initial = gates.contiguous(), initial.to(wide(gates)).contiguous()
         steps, batch, width = gates.shape
         features = width // MODES[mode]
         update = gates.new_empty(0, batch, features, dtype=torch.bool) if update is None else update.contiguous()
-        c = gates.new_empty(steps, batch, features, dtype=torch.float32)
+        c = initial.new_empty(steps, batch, features)
         output = torch.empty_like(c) if mode != "f" else c
         shape = keep, MODES[mode], tuple(CANDIDATES).index(candidate), reverse
-        _pool(gates, initial, update, *shape, c, output)
+        ctx.kernels = fused(gates, initial)
+        ctx.kernels[0](gates, initial, update, *shape, c, output)
         ctx.save_for_backward(gates, initial, update)
         ctx.c, ctx.shape = (c if mode != "f" else c.clone()), shape
         return output, c[0 if reverse else -1].clone()
@@ -65,7 +76,7 @@ class _Pool(torch.autograd.Function):
     def backward(ctx, d_output, d_last):
         gates, initial, update = ctx.saved_tensors
         d_gates, carried = torch.empty_like(gates), d_last.clone().contiguous()
-        _pool_back(d_output.contiguous(), gates, initial, update, *ctx.shape, ctx.c, d_gates, carried)
+        ctx.kernels[1](d_output.contiguous(), gates, initial, update, *ctx.shape, ctx.c, d_gates, carried)
         return d_gates, carried, None, None, None, None, None
 
 

@@ -1,0 +1,139 @@
+"""What only a GPU can show: kernels as they run there, streams, devices, cuDNN, DataParallel. `pytest -m gpu`."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from models import AWD, build, forget_mult
+from models.forget_mult import cuda, doctor, pooling
+from models.forget_mult.reference import wide
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a torch built for CUDA: none here"),
+]
+SECOND = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU: none here")
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def relative(got, want):
+    """Largest difference over the largest number."""
+    return ((got.cpu().double() - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.fixture
+def usable():
+    """The kernels can be loaded; why not is an error here, no warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cuda.usable(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (105, 20, 640), (37, 5, 67), (3, 64, 8192)], ids=str)
+def test_recurrence(usable, dtype, shape):
+    """Against the loop in float64 on the CPU: h and all gradients; also several columns a thread."""
+    parts = [torch.rand(shape), torch.randn(shape), torch.randn(shape[1:])]
+    found = []
+    for device, kind, backend in (("cuda", dtype, None), ("cpu", torch.float64, "reference")):
+        leaves = [part.to(dtype).to(device, kind).requires_grad_() for part in parts]
+        h = forget_mult(*leaves, backend=backend)
+        h.double().square().sum().backward()
+        found.append([h.detach(), *(leaf.grad for leaf in leaves)])
+    for got, want in zip(*found, strict=True):
+        assert relative(got, want) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("mode", "kinds"), pooling.MODES.items())
+def test_pooling(usable, dtype, mode, kinds):
+    """Likewise, with a mask of zoneout."""
+    gates, initial = torch.randn(31, 7, kinds * 67), torch.randn(7, 67)
+    update, found = torch.rand(31, 7, 67) < 0.8, []
+    for device, kind, backend in (("cuda", dtype, None), ("cpu", torch.float64, "reference")):
+        raw = gates.to(dtype).to(device, kind).requires_grad_()
+        first = initial.to(device, wide(raw)).requires_grad_()
+        output, last = pooling.pool(raw, first, mode, "tanh", update.to(device), 1.0, False, backend)
+        (output.double().square().sum() + last.double().sum()).backward()
+        found.append([output.detach(), last.detach(), raw.grad, first.grad])
+    for got, want in zip(*found, strict=True):
+        assert relative(got, want) < TOLERANCES[dtype]
+
+
+def test_the_stream_of_the_caller(usable):
+    """A kernel waits for what its own stream does first, however long that takes, and no other."""
+    stream, gate = torch.cuda.Stream(), torch.rand(70, 20, 640, device="cuda")
+    want = forget_mult(gate, gate)
+    torch.cuda.synchronize()
+    for _ in range(5):
+        with torch.cuda.stream(stream):
+            late = torch.zeros_like(gate)
+            torch.cuda._sleep(50_000_000)
+            late.copy_(gate)
+            h = forget_mult(late, late)
+        stream.synchronize()
+        torch.testing.assert_close(h, want)
+
+
+@SECOND
+def test_a_second_device(usable):
+    """Kernels are loaded on each device, and the caller's stays current."""
+    gate = torch.rand(7, 3, 5)
+    h = forget_mult(gate.to("cuda:1"), gate.to("cuda:1"))
+    assert h.device.index == 1 and torch.cuda.current_device() == 0
+    torch.testing.assert_close(h.cpu(), forget_mult(gate, gate))
+
+
+@pytest.mark.parametrize("model", ("LSTM", "GRU", "QRNN"))
+def test_weight_drop(model):
+    """Under cuDNN the mask changes the output, its gradient reaches the weights, and a step moves them and it."""
+    torch.manual_seed(0)
+    core = AWD(model, 11, 17, 2, True, wdrop=0.5).cuda()
+    x, state = torch.randn(5, 3, 11, device="cuda"), core.initial_state(3)
+    first, second = core(x, state)[0], core(x, state)[0]
+    assert not torch.equal(first, second)
+    weight = core.layers[0].dropped
+    before = weight.detach().clone()
+    second.square().sum().backward()
+    assert 0.2 < (weight.grad == 0).float().mean() < 0.8
+    optimizer = torch.optim.SGD(core.parameters(), 0.1)
+    optimizer.step()
+    core.eval()
+    after = core(x, state)[0]
+    assert not torch.equal(weight, before) and torch.equal(after, core(x, state)[0])
+    on_cpu = copy.deepcopy(core).cpu()
+    torch.testing.assert_close(on_cpu(x.cpu(), on_cpu.initial_state(3))[0], after.cpu(), rtol=1e-4, atol=1e-5)
+
+
+@SECOND
+@pytest.mark.parametrize(
+    ("family", "core"),
+    [
+        ("rnn", {"model": "LSTM", "emsize": 11, "nhid": 11, "nlayers": 2}),
+        ("qrnn", {"emsize": 11, "nhid": 11, "nlayers": 2}),
+        ("awd", {"model": "QRNN", "emsize": 11, "nhid": 17, "nlayers": 3, "tied": True}),
+        ("rmc", {"emsize": 11, "headsize": 3, "numheads": 2}),
+    ],
+)
+def test_data_parallel(family, core):
+    """Loss, states and gradients of two devices are those of one."""
+    torch.manual_seed(0)
+    model = build({"family": family, "core": core, "vocab_size": 23, "tied": True}).cuda()
+    tokens, targets = torch.randint(23, (2, 9, 4), device="cuda")
+    found = []
+    for replicas in (model, torch.nn.DataParallel(model, dim=1)):
+        model.zero_grad()
+        loss, _, count, state = replicas(tokens, targets, model.initial_state(4))
+        (loss.sum() / count.sum()).backward()
+        found.append([loss.sum(), count.sum(), *state, *(p.grad for p in model.parameters())])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_the_doctor_finds_it_well(usable, capsys):
+    """Its self-test on every device."""
+    doctor.main()
+    out = capsys.readouterr().out
+    assert "kernels usable" in out and "not usable" not in out and out.count("off the reference") >= 3
