@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from data.corpus import Corpus, find_corpus, split_file
+from data.corpus import SPLITS, Corpus, Vocabulary, encode_file, find_corpus, split_file
 from utils import UserError, checkpoint, cli, compressed, report, runtime
+from utils.distiller import Distiller
 from utils.layers import WAYS, Layer, Recurrence
 from utils.tables import RENDERERS, RIVALS, figure4_picture, rival_name, scores_text, seeds_text, table_text
 from utils.workers import Worker, load_once, write_zipf
@@ -303,6 +304,30 @@ def products(args):
     finish(args, machine, {"kind": "products", "rows": rows}, "compression")
 
 
+def quantization(args):
+    """Perplexity of a model in simulated integers, by ours and, on the same weights and statistics, by distiller."""
+    _, machine = runtime.setup(args)
+    saved = checkpoint.load(args.checkpoint)
+    folder, vocabulary = find_corpus(args.data or saved["args"]["data"]), Vocabulary(**saved["vocabulary"])
+    texts = {split: encode_file(split_file(folder, split), vocabulary)[0] for split in SPLITS}
+    workers = {"ours": Worker(args.checkpoint, args, kind=compressed.Simulated)}
+    if args.distiller:
+        workers["distiller"] = Worker(args.checkpoint, args.distiller, args, kind=Distiller)
+    rows = [{"name": name, "published": published} for name, (_, published) in compressed.QUANTIZATIONS.items()]
+    for who, worker in workers.items():
+        worker("collect", texts[args.split][: args.statistics_tokens + 1])
+        for row in rows:
+            settings, _ = compressed.QUANTIZATIONS[row["name"]]
+            row[who] = {
+                split: worker("score", settings, texts[split][: args.tokens], args.eval_batch) for split in SPLITS[1:]
+            }
+            report.say(f"| {who} | {row['name']} | " + " | ".join(f"{s} ppl {p:.2f}" for s, p in row[who].items()))
+        worker.end()
+    figures = {"kind": "quantization", "corpus": folder.name, "eval_batch": args.eval_batch, "rows": rows}
+    figures["statistics"] = f"{args.statistics_tokens:,} tokens of {args.split}"
+    finish(args, machine, figures, "compression")
+
+
 def compression(args):
     """Size, peak memory, speed and perplexity of checkpoints, the first also in bf16: what compression really gives."""
     _, machine = runtime.setup(args)
@@ -432,12 +457,20 @@ def build_parser():
     command.add_argument(
         "checkpoints", nargs="+", metavar="NAME=PATH", help="of one model; the others are compared with the first"
     )
-    command.add_argument("--data", help="corpus; the one that the first was trained on if not given")
-    command.add_argument("--tokens", type=cli.number(int, 2), help="of each split, from its start; all if not given")
-    command.add_argument("--eval-batch", type=cli.positive_int, default=10, metavar="N", help="columns of perplexities")
+    add_scores(command)
     add_rounds(command)
     add_record(command)
     command.set_defaults(call=compression)
+    command = commands.add_parser("quantization", description=quantization.__doc__, help="distiller's table")
+    command.add_argument("checkpoint", metavar="PATH", help="of a model of float32")
+    command.add_argument("--distiller", metavar="DIR", help="checkout of IntelLabs/distiller, on the same weights")
+    command.add_argument("--split", choices=SPLITS, default="train", help="that statistics are taken from")
+    command.add_argument(
+        "--statistics-tokens", type=cli.number(int, 2), default=50_000, metavar="N", help="of its beginning"
+    )
+    add_scores(command)
+    add_record(command)
+    command.set_defaults(call=quantization)
     command = commands.add_parser("figure4", description=figure4.__doc__, help="the QRNN paper's figure of speed")
     command.add_argument("--vocab-size", type=cli.number(int, 3), default=10000, help="words; Penn Treebank has 10000")
     add_rounds(command)
@@ -473,6 +506,13 @@ def add_choice(parser, made_up=True):
     parser.add_argument("--qrnn", metavar="DIR", help="checkout of salesforce/pytorch-qrnn, for --awd's QRNN")
     add_port(parser)
     add_example(parser)
+
+
+def add_scores(parser):
+    """On what perplexities are measured."""
+    parser.add_argument("--data", help="corpus; the one that the model was trained on if not given")
+    parser.add_argument("--tokens", type=cli.number(int, 2), help="of each split, from its start; all if not given")
+    parser.add_argument("--eval-batch", type=cli.positive_int, default=10, metavar="N", help="columns of perplexities")
 
 
 def add_rounds(parser):

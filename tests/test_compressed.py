@@ -80,3 +80,28 @@ def test_products(monkeypatch, tmp_path, capsys):
         assert low <= row["difference"] < high, row["name"]
     text = tables.products_text(record)
     assert text in (tmp_path / "compression.md").read_text() and "5 x 67 by 67 x 41" in text
+
+
+def test_quantization(tiny_checkpoint, tmp_path, monkeypatch, fails):
+    """The rows of distiller's table: float32 itself, and what compress.py quantize makes of the same statistics."""
+    monkeypatch.setattr(benchmark, "Worker", InProcess)
+    flags = ["--tokens", "61", "--statistics-tokens", "200", "--record", "q", "--results", str(tmp_path)]
+    benchmark.main(["quantization", str(tiny_checkpoint), *flags])
+    record = json.loads((tmp_path / "compression" / "q.json").read_text())
+    model, vocabulary, saved = checkpoint.load_model(tiny_checkpoint, "cpu")
+    ids = encode_file(f"{saved['args']['data']}/test.txt", vocabulary)[0][:61]
+    scores = [row["ours"]["test"] for row in record["rows"]]
+    assert scores[0] == evaluate(model, ids, 10).perplexity and len(set(scores)) == len(scores) == 7
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
+    output = str(tmp_path / "avg.pt")
+    places = ["--checkpoint", str(tiny_checkpoint), "--output", output]
+    chosen = ["--mode", "asymmetric", "--per-channel", "--clip", "avg", "--tokens", "200"]
+    compress.main(["quantize", *places, *chosen])
+    assert scores[4] == evaluate(checkpoint.load_model(output, "cpu")[0], ids, 10).perplexity
+    text = tables.quantization_text(record)
+    assert f"| {scores[4]:.2f} | - | - | 88.85 |" in text and text in (tmp_path / "compression.md").read_text()
+    monkeypatch.undo()
+    missing = str(tmp_path / "none")
+    assert "checkout of IntelLabs/distiller" in fails(
+        benchmark.main, "quantization", tiny_checkpoint, "--distiller", missing
+    )

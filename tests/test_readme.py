@@ -98,15 +98,16 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "LAYERS", ((5, 3, 7, 11, 1),))
     monkeypatch.setattr(benchmark, "GRID", {"batch": (8,), "length": (32,)})
     monkeypatch.setattr(benchmark, "PRODUCTS", ((2, 7, 11),))
-    if argv[0] in ("layers", "figure4", "products", "compression"):
+    if argv[0] in ("layers", "figure4", "products", "compression", "quantization"):
         monkeypatch.setattr(benchmark, "Worker", partial(InProcess, kind=workers.Candidate))
     sizes = {"speed": ["--rounds", "2", "--vocab-size", "31"], "memory": ["--vocab-size", "31"]}
     sizes |= {"evaluation": ["--tokens", "50", "--rounds", "1"], "load": ["--rounds", "1"]}
     sizes |= {"quality": ["--seeds", "1", f"--flags={small}"]}
     sizes |= {"layers": ["--rounds", "1"], "figure4": ["--rounds", "1", "--vocab-size", "31"]}
     sizes |= {name: ["--rounds", "1", "--warmup", "1"] for name in ("compression", "products")}
+    sizes |= {"quantization": ["--tokens", "50", "--statistics-tokens", "100"]}
     benchmark.main([*argv, *sizes[argv[0]]])
-    rows = re.findall(r"^\| (LSTM|build|cached|QRNN|AWD|dense|sparse|fp32|rows)", out(), re.M)
+    rows = re.findall(r"^\| (LSTM|build|cached|QRNN|AWD|dense|sparse|fp32|rows|float32|int8)", out(), re.M)
     assert len(rows) >= (1 if argv[0] in ("evaluation", "quality") else 2)
 
 

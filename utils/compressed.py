@@ -14,6 +14,7 @@ from torch.nn import functional
 from data.batching import columns, windows
 from data.corpus import encode_file, split_file
 from generate import sample
+from models import build
 from models.native import Int8, narrow
 from models.sparse import Rows, compressed_rows
 
@@ -24,6 +25,23 @@ STEPS, COLUMNS = 35, 10
 """Of a batch that is timed: word_language_model's."""
 ZEROS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Parts of a matrix, whose products in compressed rows are timed."""
+PER_CHANNEL = {"mode": "asymmetric", "per_channel": True}
+QUANTIZATIONS = {
+    "float32": (None, 86.87),
+    "float16": ({"fp16": ["all"]}, 86.80),
+    "int8, symmetric, per tensor": ({}, 104.2),
+    "int8, asymmetric, per channel": (PER_CHANNEL, 100.45),
+    "the same, --clip avg": ({**PER_CHANNEL, "clip": "avg"}, 88.85),
+    "asymmetric, per channel; encoder, decoder, eltwise in float16": (
+        {**PER_CHANNEL, "fp16": ["encoder", "decoder", "eltwise"]},
+        86.77,
+    ),
+    "the same, --clip avg; encoder, decoder in float16": (
+        {**PER_CHANNEL, "clip": "avg", "fp16": ["encoder", "decoder"]},
+        88.96,
+    ),
+}
+"""The rows of distiller's table: settings, and the perplexity that it prints for them, of WikiText-2's valid split."""
 WAYS = (
     "fp32", "bf16", "int8, ours", "int8, torch.ao", "int8, torchao", *(f"rows, {part:.0%} zeros" for part in ZEROS)
 )  # fmt: skip
@@ -73,6 +91,27 @@ class Measured:
         """Perplexity of the first `tokens` of a split; all if None."""
         ids, _ = encode_file(split_file(folder, split), self.vocabulary)
         return evaluate(self.model, ids[:tokens], batch_size, self.amp).perplexity
+
+
+class Simulated:
+    """A checkpoint's model, and what it becomes in integers."""
+
+    def __init__(self, path, args):
+        runtime.setup(args)
+        self.model, _, self.saved = checkpoint.load_model(path, "cpu")
+
+    def collect(self, ids):
+        """Take statistics from a text."""
+        self.statistics = quantization.collect(self.saved, ids)
+
+    def score(self, settings, ids, batch_size):
+        """Perplexity of ids (N,) under settings, names of quantization.SETTINGS; None: in float32."""
+        model = self.model
+        if settings is not None:
+            settings = {**quantization.SETTINGS, **settings, "statistics": self.statistics}
+            model = build({**self.saved["config"], "quantization": settings}).eval()
+            model.load_state_dict(self.saved["weights"])
+        return evaluate(model, ids, batch_size).perplexity
 
 
 class Product:

@@ -17,8 +17,10 @@ from . import UserError, evaluation, report
 COLUMNS = 10
 """Columns of the text that statistics are taken from."""
 NUMBERS = ("min", "max", "avg_min", "avg_max", "mean", "std", "mean_abs_dev")
-"""Of an operation's results: least and greatest; the means over rows (a step of a column) of each row's least and
-greatest; mean, standard deviation, and mean distance from the mean."""
+"""Of an operation's results: least and greatest; the means over rows (a step of a column; of the embedding, whose
+rows are few numbers, a step of all) of each row's least and greatest; mean, standard deviation, and mean distance from
+the mean. All but the second pair are IntelLabs/distiller's: its running means of rows count a step by its elements, so
+that the first step's rows, made from the zero state, are nearly all that they hold."""
 
 
 SETTINGS = {
@@ -55,7 +57,9 @@ class Statistics(Floats):
         return x
 
     def embedding(self, name, tokens, weight):
-        return self.note(name, "embedding", super().embedding(name, tokens, weight))
+        rows = super().embedding(name, tokens, weight)
+        self.note(name, "embedding", rows.flatten(1))
+        return rows
 
     def linear(self, name, x, weight, bias, feeds=None):
         return self.note(name, "linear", super().linear(name, x, weight, bias), feeds)

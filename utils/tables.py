@@ -6,6 +6,8 @@ import statistics
 
 from . import UserError, report
 
+SCORED = ("valid", "test")
+
 # Whom a candidate is compared with: peers, each with the candidate whose flags and weights it takes.
 RIVALS = {
     "LSTM, port": (("port-rnn", "LSTM, port"),),
@@ -286,6 +288,20 @@ def layers_text(record):
     return "\n".join(text)
 
 
+def quantization_text(record):
+    """The markdown of a quantization record: a row a setting, perplexities of ours and of distiller, its own beside."""
+    rows = []
+    for row in record["rows"]:
+        scores = [f"{row[who][split]:.2f}" if who in row else "-" for who in ("ours", "distiller") for split in SCORED]
+        rows.append([row["name"], *scores, f"{row['published']:.2f}"])
+    header = [f"{who}, {split}" for who in ("ours", "distiller, same weights") for split in SCORED]
+    title = (
+        f"{record['corpus']}, in {record['eval_batch']} columns; statistics from {record['statistics']}; published: "
+        f"WikiText-2, valid, an LSTM of 2 x 1500. "
+    )
+    return title + about(record) + report.markdown_table(("simulated", *header, "published, valid"), rows)
+
+
 def products_text(record):
     """The markdown of a products record: a row a way, a column a size; microseconds and times the first way's speed."""
     sizes, found = dict.fromkeys(tuple(row["sizes"]) for row in record["rows"]), {}
@@ -439,5 +455,6 @@ RENDERERS = {
     "figure4": figure4_text,
     "compression": compression_text,
     "products": products_text,
+    "quantization": quantization_text,
     "cuda": cuda_text,
 }
