@@ -8,7 +8,7 @@ from data.corpus import SPLITS, Vocabulary, encode_file, split_file
 from models.native import narrowed
 from models.quantized import CLIPS, MODES
 from models.sparse import SPARSE, thinned
-from utils import UserError, checkpoint, cli, quantization, report
+from utils import UserError, checkpoint, cli, program, quantization, report
 from utils.pruning import AT_ONCE, Pruning, at_once
 from utils.structured import remove_units
 from utils.summary import KINDS, summary_text
@@ -169,4 +169,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

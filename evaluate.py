@@ -10,7 +10,7 @@ from pathlib import Path
 from data import find_corpus
 from data.corpus import encode_file, read_blocks, split_file
 from models.awd import MODELS
-from utils import UserError, adaptation, checkpoint, cli, evaluation, report, runtime
+from utils import UserError, adaptation, checkpoint, cli, evaluation, parsing, program, report, runtime
 
 GROUPS = {
     "pointer": ("theta", "lambdasm", "window", "pointer_start"),
@@ -140,7 +140,7 @@ def parse(argv=None):
     """The flags, and the names of those that were given. Errors end the program with one line and exit code 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    given = cli.given_flags(parser, argv, args)
+    given = parsing.given_flags(parser, argv, args)
     for switch, names in GROUPS.items():
         for name in names:
             if name in given and not getattr(args, switch):
@@ -198,4 +198,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -7,7 +7,7 @@ import torch
 
 from data.corpus import EOS, UNK, some
 from data.files import atomic_write
-from utils import UserError, checkpoint, cli, runtime
+from utils import UserError, checkpoint, cli, program, runtime
 
 WORDS_A_LINE = 20
 
@@ -118,4 +118,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

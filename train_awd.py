@@ -2,7 +2,7 @@
 
 from models.awd import MODELS
 from models.language_model import NORMS
-from utils import cli, experiment
+from utils import cli, experiment, parsing, program
 
 # Merity et al. 2018: the defaults of salesforce/awd-lstm-lm, main.py
 PAPER = {
@@ -75,7 +75,7 @@ OWN = ("dropoute", "alpha", "beta", "ar_norm")
 
 def model_config(args, vocab_size):
     """The model that the flags describe, for models.build."""
-    config = cli.model_config(args, vocab_size, "awd", CORE, args.dropouti)
+    config = parsing.model_config(args, vocab_size, "awd", CORE, args.dropouti)
     return {**config, "locked": True, **{name: getattr(args, name) for name in OWN}}
 
 
@@ -85,4 +85,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -2,7 +2,7 @@
 
 from models.forget_mult import BACKENDS
 from models.forget_mult.pooling import CANDIDATES, MODES
-from utils import cli, experiment
+from utils import cli, experiment, parsing, program
 
 RECIPES = {
     # Bradbury et al. 2017, section 3.2, with zoneout: the loss of a window is summed over its steps
@@ -72,7 +72,7 @@ CORE = ("emsize", "nhid", "nlayers", "window", "zoneout", "mode", "dropout", "ca
 
 def model_config(args, vocab_size):
     """The model that the flags describe, for models.build."""
-    return cli.model_config(args, vocab_size, "qrnn", CORE, args.dropout)
+    return parsing.model_config(args, vocab_size, "qrnn", CORE, args.dropout)
 
 
 def main(argv=None):
@@ -81,4 +81,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

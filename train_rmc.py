@@ -1,7 +1,7 @@
 """Train a Relational Memory Core on a text corpus."""
 
 from models.rmc import GATE_STYLES, VARIANTS
-from utils import cli, experiment
+from utils import cli, experiment, parsing, program
 
 RECIPES = {
     # L0SG/relational-rnn-pytorch, train_rmc.py
@@ -50,7 +50,7 @@ CORE += ("gatestyle", "forgetbias", "inputbias")
 
 def model_config(args, vocab_size):
     """The model that the flags describe, for models.build."""
-    return cli.model_config(args, vocab_size, "rmc", CORE, args.dropouti)
+    return parsing.model_config(args, vocab_size, "rmc", CORE, args.dropouti)
 
 
 def main(argv=None):
@@ -59,4 +59,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -1,7 +1,7 @@
 """Train an Elman network, GRU or LSTM on a text corpus."""
 
 from models.rnn import KINDS
-from utils import cli, experiment
+from utils import cli, experiment, parsing, program
 
 RECIPES = {
     # L0SG/relational-rnn-pytorch, train_rnn.py
@@ -54,7 +54,7 @@ CORE = ("model", "emsize", "nhid", "nlayers", "dropout", "loop")
 
 def model_config(args, vocab_size):
     """The model that the flags describe, for models.build."""
-    return cli.model_config(args, vocab_size, "rnn", CORE, args.dropout)
+    return parsing.model_config(args, vocab_size, "rnn", CORE, args.dropout)
 
 
 def main(argv=None):
@@ -63,4 +63,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -14,7 +14,7 @@ import evaluate
 import generate
 import train_rnn
 from models import compiled
-from utils import checkpoint, cli
+from utils import checkpoint, program
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +100,7 @@ def fails(capsys, monkeypatch):
     def call(main, *argv, code=2):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
         with pytest.raises(SystemExit) as exit_info:
-            cli.run(main)
+            program.run(main)
         error = capsys.readouterr().err
         assert exit_info.value.code == code
         assert error.count("\n") == 1 and re.match(r"script\.py( speed| prune| quantize)?: error: ", error), error

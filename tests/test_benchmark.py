@@ -13,7 +13,7 @@ from conftest import InProcess
 import benchmark
 from data import Corpus
 from models import build
-from utils import UserError, cli, report, tables, workers
+from utils import UserError, measurements, parsing, report, tables, workers
 
 PAGE = "# Small\n\nbefore\n\n<!-- small -->\n{}<!-- /small -->\n\nafter\n"
 SMALL = "--emsize 11 --nhid 11 --batch-size 7 --bptt 13"
@@ -233,7 +233,7 @@ def candidates(monkeypatch):
     """Small models under three of the real names."""
     flags = {"LSTM, port": "", "LSTM loop, port": " --loop", "GRU, port": " --model GRU"}
     small = {name: ("train_rnn", f"--recipe port {SMALL}{flag}") for name, flag in flags.items()}
-    monkeypatch.setattr(benchmark, "CANDIDATES", small)
+    monkeypatch.setattr(measurements, "CANDIDATES", small)
 
 
 def speed(capsys, *flags):
@@ -284,7 +284,7 @@ def test_speed_is_the_median_of_the_rounds_after_the_warmup(candidates, capsys, 
         "port-rnn (LSTM, port)": Stand_in((900.0, 80.0, 30.0, 15.0), forward=6.0, launches=120),
     }
     memory = {"LSTM, port": 10.0, "port-rnn (LSTM, port)": 40.0}
-    monkeypatch.setattr(benchmark, "start_workers", lambda args: (memory, workers))
+    monkeypatch.setattr(measurements, "start_workers", lambda args: (memory, workers))
     rows, _ = speed(capsys, "--rounds", "3", "--warmup", "1")
     assert rows[0] == {
         "model": "LSTM, port",
@@ -311,9 +311,9 @@ def test_what_differs_from_its_reference_is_not_timed(candidates, capsys, monkey
         made.append(Stand_in((), difference=1e-4 if "GRU" in flags else 1e-6, memory=3.0))
         return made[-1]
 
-    monkeypatch.setattr(benchmark, "Worker", worker)
+    monkeypatch.setattr(measurements, "Worker", worker)
     args = benchmark.build_parser().parse_args(["speed"])
-    memory, workers = benchmark.start_workers(args)
+    memory, workers = measurements.start_workers(args)
     assert list(memory) == list(workers) == ["LSTM, port", "LSTM loop, port"]
     assert [worker.ended for worker in made] == [False, True, False, True, True]
     assert "GRU, port: its loss is 1.0e-04 off its reference, more than 1e-05: not timed" in capsys.readouterr().out
@@ -325,7 +325,7 @@ def test_a_candidate_measures_its_own_step(candidates, name):
     args = benchmark.build_parser().parse_args(
         ["speed", "--vocab-size", "53", "--threads", str(torch.get_num_threads())]
     )
-    candidate = workers.Candidate(*benchmark.CANDIDATES[name], None, None, args)
+    candidate = workers.Candidate(*measurements.CANDIDATES[name], None, None, args)
     assert candidate.tokens.shape == candidate.targets.shape == (13, 7) and candidate.tokens.max() < 53
     assert candidate.difference() < 1e-6
     before, state = copy.deepcopy(candidate.model.state_dict()), candidate.state
@@ -346,8 +346,8 @@ def test_a_process_that_dies_is_one_line(candidates):
     """Its UserError is raised here; one that dies without a word is named."""
     args = benchmark.build_parser().parse_args(["speed", "--vocab-size", "53"])
     with pytest.raises(UserError, match=r"^gone/rnn_models\.py is not there: name a checkout of L0SG[^\n]*$"):
-        workers.Worker(*benchmark.CANDIDATES["LSTM, port"], "port-rnn", "gone", args)
-    worker = workers.Worker(*benchmark.CANDIDATES["LSTM, port"], None, None, args)
+        workers.Worker(*measurements.CANDIDATES["LSTM, port"], "port-rnn", "gone", args)
+    worker = workers.Worker(*measurements.CANDIDATES["LSTM, port"], None, None, args)
     worker.process.kill()
     with pytest.raises(UserError, match=r"^a process that measures has died[^\n]*$"):
         worker("launches")
@@ -405,7 +405,7 @@ def test_a_zipf_corpus(tmp_path):
 
 def test_evaluation_times_one_column(candidates, monkeypatch, capsys, tiny_corpus):
     """The perplexity of the part of the test split that was asked for, by our evaluate."""
-    monkeypatch.setitem(benchmark.CANDIDATES, "LSTM 650 tied, example", benchmark.CANDIDATES["LSTM, port"])
+    monkeypatch.setitem(measurements.CANDIDATES, "LSTM 650 tied, example", measurements.CANDIDATES["LSTM, port"])
     benchmark.main(["evaluation", "--data", str(tiny_corpus), "--tokens", "37", "--rounds", "2"])
     (row,) = cells(capsys.readouterr().out.strip().split("\n\n")[-1])
     assert list(row)[1].startswith("seconds for 37 targets of ")
@@ -431,7 +431,7 @@ def test_a_page_is_what_its_records_say(name):
 
 def test_quality_trains_and_scores(monkeypatch, tiny_corpus, tmp_path, capsys):
     """Each candidate from each seed: the perplexity of a model that has learnt, in the table and the record."""
-    monkeypatch.setattr(benchmark, "Worker", partial(InProcess, kind=workers.Candidate))
+    monkeypatch.setattr(measurements, "Worker", partial(InProcess, kind=workers.Candidate))
     flags = "--emsize 11 --nhid 11 --batch-size 7 --bptt 13 --lr 10"
     argv = ["quality", "--data", str(tiny_corpus), "--only", "AWD-QRNN", "--seeds", "2", "--tokens", "3000"]
     benchmark.main([*argv, f"--flags={flags}", "--record", "small", "--results", str(tmp_path), "--threads", "1"])
@@ -477,12 +477,12 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", benchmark.CANDIDATES)
+@pytest.mark.parametrize("name", measurements.CANDIDATES)
 def test_candidates_are_what_their_names_say(name):
     """Their flags are of their script; the recurrent ones have the published numbers of parameters."""
-    script, flags = benchmark.CANDIDATES[name]
+    script, flags = measurements.CANDIDATES[name]
     module = importlib.import_module(script)
-    args, _ = cli.parse_training(module.build_parser(), module.RECIPES, flags.split())
+    args, _ = parsing.parse_training(module.build_parser(), module.RECIPES, flags.split())
     with torch.device("meta"):
         model = build(module.model_config(args, 33278))
     assert model.num_params() == PARAMETERS[name]

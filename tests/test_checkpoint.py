@@ -290,7 +290,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(path, refused, changes):
 
 FULL_DISK = """
 import resource, sys
-from utils import UserError, checkpoint, cli
+from utils import UserError, checkpoint, program
 path, *limits = sys.argv[1:]
 new = {**checkpoint.load(path), "best": None}
 for limit in map(int, limits):
@@ -299,7 +299,7 @@ for limit in map(int, limits):
         checkpoint.save(path, new)
     except UserError as error:
         print(error)
-cli.run(lambda: checkpoint.save(path, new))
+program.run(lambda: checkpoint.save(path, new))
 """
 
 

@@ -1,16 +1,14 @@
-"""Parsing: spellings, recipes, numbers, and the way a script ends."""
+"""Parsing: spellings, recipes and numbers."""
 
 import argparse
-import errno
 import math
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import train_rnn
-from utils import TrainingError, UserError, cli
+from utils import cli, parsing
 
 
 def test_dashes_and_underscores_are_alike():
@@ -51,42 +49,6 @@ def test_a_flag_beats_the_recipe(name):
         argv = [spelled] if isinstance(given, bool) else [f"{spelled}={given}"]
         if isinstance(value, float) and flag != "lr" and flag != "clip":
             given, argv = 0.125, [f"{spelled}=0.125"]
-        args, _ = cli.parse_training(train_rnn.build_parser(), train_rnn.RECIPES, [f"--recipe={name}", *argv])
+        args, _ = parsing.parse_training(train_rnn.build_parser(), train_rnn.RECIPES, [f"--recipe={name}", *argv])
         for other, kept in train_rnn.RECIPES[name].items():
             assert getattr(args, other) == (given if other == flag else kept), (flag, other)
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "line"),
-    [
-        (UserError("what; do this"), 2, "script.py: error: what; do this\n"),
-        (TrainingError("not finite"), 1, "script.py: error: not finite\n"),
-        (KeyboardInterrupt(), 130, "script.py: error: interrupted\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "a.csv"), 2, "script.py: error: cannot write: No space left "
-         "on device (a.csv); free some space; files are as they were\n"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much. More"), 2,
-         "script.py: error: CUDA out of memory; use a smaller --batch-size or --bptt\n"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
-)  # fmt: skip
-def test_how_scripts_end(error, code, line, monkeypatch, capsys):
-    """What the user can mend is one line; the exit code says which kind of end it was."""
-
-    def main():
-        raise error
-
-    monkeypatch.setattr("sys.argv", ["/somewhere/script.py"])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.run(main)
-    assert (exit_info.value.code, capsys.readouterr().err) == (code, line)
-
-
-@pytest.mark.parametrize("bug", [ZeroDivisionError(), OSError(errno.EIO, "I/O error"), RuntimeError("shape")])
-def test_bugs_keep_their_traceback(bug):
-    """What is nobody's input is not dressed up."""
-
-    def main():
-        raise bug
-
-    with pytest.raises(type(bug)):
-        cli.run(main)

@@ -9,7 +9,7 @@ from conftest import InProcess
 import benchmark
 import compress
 from data.corpus import encode_file
-from utils import UserError, checkpoint, compressed, tables
+from utils import UserError, checkpoint, compressed, measurements, tables
 from utils.evaluation import evaluate
 from utils.workers import Worker
 
@@ -30,7 +30,8 @@ def checkpoints(tiny_checkpoint, tmp_path):
 
 def test_compression(checkpoints, tmp_path, monkeypatch, capsys):
     """A row a checkpoint and one of the first in bf16: files, weights, zeros and perplexities are the real ones."""
-    monkeypatch.setattr(benchmark, "Worker", InProcess)
+    for module in (measurements, compressed):
+        monkeypatch.setattr(module, "Worker", InProcess)
     flags = ["--tokens", "61", "--rounds", "2", "--warmup", "1", "--record", "c", "--results", str(tmp_path)]
     benchmark.main(["compression", *(f"{name}={path}" for name, path in checkpoints.items()), *flags])
     record = json.loads((tmp_path / "compression" / "c.json").read_text())
@@ -67,8 +68,9 @@ def test_what_is_no_checkpoint_is_one_line(tiny_checkpoint, fails, tmp_path):
 
 def test_products(monkeypatch, tmp_path, capsys):
     """Every way computes the product, as exactly as its numbers allow; the table is of all of them."""
-    monkeypatch.setattr(benchmark, "Worker", InProcess)
-    monkeypatch.setattr(benchmark, "PRODUCTS", [(1, 67, 41), (5, 67, 41)])
+    for module in (measurements, compressed):
+        monkeypatch.setattr(module, "Worker", InProcess)
+    monkeypatch.setattr(compressed, "PRODUCTS", [(1, 67, 41), (5, 67, 41)])
     monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: None)
     flags = ["--rounds", "1", "--warmup", "1", "--record", "p", "--results", str(tmp_path)]
     benchmark.main(["products", *flags])
@@ -84,7 +86,8 @@ def test_products(monkeypatch, tmp_path, capsys):
 
 def test_quantization(tiny_checkpoint, tmp_path, monkeypatch, fails):
     """The rows of distiller's table: float32 itself, and what compress.py quantize makes of the same statistics."""
-    monkeypatch.setattr(benchmark, "Worker", InProcess)
+    for module in (measurements, compressed):
+        monkeypatch.setattr(module, "Worker", InProcess)
     flags = ["--tokens", "61", "--statistics-tokens", "200", "--record", "q", "--results", str(tmp_path)]
     benchmark.main(["quantization", str(tiny_checkpoint), *flags])
     record = json.loads((tmp_path / "compression" / "q.json").read_text())

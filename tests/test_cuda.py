@@ -11,7 +11,6 @@ import sys
 import types
 import warnings
 
-import cupy
 import numpy as np
 import ptx
 import pytest
@@ -24,6 +23,10 @@ import generate
 import train_rmc
 from models import compiled, forget_mult
 from models.forget_mult import choose, cuda, doctor, nvrtc, operator, pooling, recurrence
+
+if sys.platform != "linux":
+    pytest.skip("CuPy and NVRTC are for Linux", allow_module_level=True)
+import cupy
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SHAPES = [(1, 1, 1), (7, 3, 5), (6, 2, 8)]

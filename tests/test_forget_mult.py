@@ -150,14 +150,6 @@ def test_no_second_gradients():
         gradient.sum().backward()
 
 
-def test_fake_cuda_tensors_keep_shape_and_device():
-    """The operator's shapes are known for a GPU without one."""
-    with torch._subclasses.FakeTensorMode():
-        f, x = (torch.empty(5, 2, 3, device="cuda") for _ in range(2))
-        h = forget_mult(f, x)
-        assert h.shape == (5, 2, 3) and h.device.type == "cuda"
-
-
 def test_modules_have_the_call_of_the_seed():
     """ForgetMult()(f, x, hidden, use_cuda) and its mirror image, which is the same on time turned round."""
     f, x, hidden = make()

@@ -9,6 +9,7 @@ import torch
 from models import AWD, build, forget_mult
 from models.forget_mult import cuda, doctor, pooling
 from models.forget_mult.reference import wide
+from utils import runtime
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,6 +106,28 @@ def test_weight_drop(model):
     assert not torch.equal(weight, before) and torch.equal(after, core(x, state)[0])
     on_cpu = copy.deepcopy(core).cpu()
     torch.testing.assert_close(on_cpu(x.cpu(), on_cpu.initial_state(3))[0], after.cpu(), rtol=1e-4, atol=1e-5)
+
+
+def test_cuda_graphs():
+    """Replayed passes give the losses, states and weights of passes as they come, over several updates."""
+    found = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        core = {"emsize": 11, "headsize": 3, "numheads": 2}
+        model = build({"family": "rmc", "core": core, "vocab_size": 23, "tied": True}).cuda()
+        if graphed:
+            runtime.graph(model.core)
+        optimizer, state, losses = torch.optim.SGD(model.parameters(), 0.5), model.initial_state(4), []
+        for _ in range(6):
+            tokens, targets = torch.randint(23, (2, 9, 4)).cuda()
+            optimizer.zero_grad()
+            loss, _, count, state = model(tokens, targets, tuple(part.detach() for part in state))
+            (loss / count).sum().backward()
+            optimizer.step()
+            losses.append(loss.detach().clone())
+        found.append([*losses, *(part.clone() for part in state), *model.parameters()])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 @SECOND

@@ -8,7 +8,7 @@ from conftest import ROOT, InProcess
 
 import benchmark
 from models.forget_mult import BACKENDS
-from utils import UserError, layers, report, tables, workers
+from utils import UserError, layers, measurements, report, tables, workers
 
 FORGET_MULT = """
 import torch
@@ -75,8 +75,8 @@ def seeds(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    monkeypatch.setattr(benchmark, "RECURRENCES", ((5, 3, 7),))
-    monkeypatch.setattr(benchmark, "LAYERS", ((5, 3, 7, 11, 1),))
+    monkeypatch.setattr(measurements, "RECURRENCES", ((5, 3, 7),))
+    monkeypatch.setattr(measurements, "LAYERS", ((5, 3, 7, 11, 1),))
     return tmp_path
 
 
@@ -84,7 +84,7 @@ def args(*flags):
     return benchmark.build_parser().parse_args(["layers", "--threads", str(torch.get_num_threads()), *flags])
 
 
-@pytest.mark.parametrize("way", (*BACKENDS, *benchmark.SEEDS))
+@pytest.mark.parametrize("way", (*BACKENDS, *measurements.SEEDS))
 def test_every_recurrence_is_the_same(way, seeds):
     """And one that is not is told by its difference."""
     measured = layers.Recurrence(way, (5, 3, 7), seeds, args())
@@ -94,7 +94,7 @@ def test_every_recurrence_is_the_same(way, seeds):
     assert measured.difference() == pytest.approx(0.01, rel=0.01)
 
 
-@pytest.mark.parametrize("way", ("QRNN", "QRNN bf16", "nn.LSTM", *benchmark.SEEDS))
+@pytest.mark.parametrize("way", ("QRNN", "QRNN bf16", "nn.LSTM", *measurements.SEEDS))
 def test_every_layer_is_the_same(way, seeds):
     """Ours in both precisions, the seeds' with our weights."""
     measured = layers.Layer(way, (5, 3, 7, 11, 1), seeds, args())
@@ -117,8 +117,8 @@ def test_layers_tables(seeds, tmp_path, capsys, monkeypatch):
     """A table a size, a row a way; kept with --record, on a page of its own; one that differs is left out."""
     results = tmp_path / "results"
     results.mkdir()
-    monkeypatch.setattr(benchmark, "WAYS", ("reference", "cpu", "cuda"))
-    monkeypatch.setattr(benchmark, "Worker", InProcess)
+    monkeypatch.setattr(measurements, "WAYS", ("reference", "cpu", "cuda"))
+    monkeypatch.setattr(measurements, "Worker", InProcess)
     text = (seeds / "qrnn_layer.py").read_text(encoding="utf-8")
     (seeds / "qrnn_layer.py").write_text(text.replace("(1 - f[:, t])", "f[:, t]"), encoding="utf-8")
     flags = ["--qrnn", str(seeds), "--log-qrnn", str(seeds), "--rounds", "2", "--warmup", "1", "--threads", "1"]
@@ -137,10 +137,10 @@ def test_layers_tables(seeds, tmp_path, capsys, monkeypatch):
 def test_figure4(monkeypatch, tmp_path, capsys):
     """Parts of a training step, the grid, the picture; published figures beside ours where there are some."""
     small = "--emsize 7 --nhid 7 --nlayers 1 --batch-size 5 --bptt 3"
-    every = {name: (script, f"{flags} {small}") for name, (script, flags) in benchmark.CANDIDATES.items()}
-    monkeypatch.setattr(benchmark, "CANDIDATES", every)
-    monkeypatch.setattr(benchmark, "Worker", partial(InProcess, kind=workers.Candidate))
-    monkeypatch.setattr(benchmark, "GRID", {"batch": (8,), "length": (32, 5)})
+    every = {name: (script, f"{flags} {small}") for name, (script, flags) in measurements.CANDIDATES.items()}
+    monkeypatch.setattr(measurements, "CANDIDATES", every)
+    monkeypatch.setattr(measurements, "Worker", partial(InProcess, kind=workers.Candidate))
+    monkeypatch.setattr(measurements, "GRID", {"batch": (8,), "length": (32, 5)})
     flags = ["--rounds", "2", "--warmup", "1", "--threads", "1", "--vocab-size", "31"]
     benchmark.main(["figure4", *flags, "--record", "f4", "--results", str(tmp_path)])
     record = report.read_record(tmp_path / "qrnn" / "f4.json")

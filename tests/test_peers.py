@@ -7,7 +7,7 @@ import train_awd
 import train_rmc
 import train_rnn
 from models import build
-from utils import UserError, cli, optim, runtime, trainer
+from utils import UserError, optim, parsing, runtime, trainer
 from utils.peers import PEERS
 
 RNN = """
@@ -82,7 +82,7 @@ SIZES = "--emsize 7 --nhid 7 --nlayers 2 --dropout 0 --lr 0.5 --clip 10 --batch-
 
 def make(module, arguments, vocab_size=13):
     """Flags and our model of them."""
-    args, _ = cli.parse_training(module.build_parser(), module.RECIPES, arguments.split())
+    args, _ = parsing.parse_training(module.build_parser(), module.RECIPES, arguments.split())
     torch.manual_seed(2)
     return args, build(module.model_config(args, vocab_size))
 

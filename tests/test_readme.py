@@ -22,7 +22,7 @@ import train_rmc
 import train_rnn
 from data import prepare, pydocs
 from models.forget_mult import doctor, nvrtc
-from utils import workers
+from utils import compressed, measurements, workers
 
 BATCHES = ["--batch-size=20", "--bptt=11", "--threads=1"]
 SMALL = ["--emsize=17", "--nhid=17", "--nlayers=1", *BATCHES]
@@ -92,14 +92,15 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
         assert "| LSTM 1x17" in (tmp_path / f"{name}.md").read_text()
         return
     small = " ".join(["", *SMALL])
-    candidates = {n: (m, flags + small) for n, (m, flags) in benchmark.CANDIDATES.items() if m != "train_rmc"}
-    monkeypatch.setattr(benchmark, "CANDIDATES", candidates)
-    monkeypatch.setattr(benchmark, "RECURRENCES", ())
-    monkeypatch.setattr(benchmark, "LAYERS", ((5, 3, 7, 11, 1),))
-    monkeypatch.setattr(benchmark, "GRID", {"batch": (8,), "length": (32,)})
-    monkeypatch.setattr(benchmark, "PRODUCTS", ((2, 7, 11),))
+    candidates = {n: (m, flags + small) for n, (m, flags) in measurements.CANDIDATES.items() if m != "train_rmc"}
+    monkeypatch.setattr(measurements, "CANDIDATES", candidates)
+    monkeypatch.setattr(measurements, "RECURRENCES", ())
+    monkeypatch.setattr(measurements, "LAYERS", ((5, 3, 7, 11, 1),))
+    monkeypatch.setattr(measurements, "GRID", {"batch": (8,), "length": (32,)})
+    monkeypatch.setattr(compressed, "PRODUCTS", ((2, 7, 11),))
     if argv[0] in ("layers", "figure4", "products", "compression", "quantization"):
-        monkeypatch.setattr(benchmark, "Worker", partial(InProcess, kind=workers.Candidate))
+        for module in (measurements, compressed):
+            monkeypatch.setattr(module, "Worker", partial(InProcess, kind=workers.Candidate))
     sizes = {"speed": ["--rounds", "2", "--vocab-size", "31"], "memory": ["--vocab-size", "31"]}
     sizes |= {"evaluation": ["--tokens", "50", "--rounds", "1"], "load": ["--rounds", "1"]}
     sizes |= {"quality": ["--seeds", "1", f"--flags={small}"]}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import build, compiled
+from models import RMC, build, compiled
 from utils import UserError, runtime, trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -25,7 +25,7 @@ runtime.use_onednn(False)
 def flags(**changes):
     """What cli.add_runtime's flags give."""
     defaults = {"cuda": False, "threads": None, "amp": "off"}
-    defaults |= {"tune_allocator": True, "flush_denormal": True, "onednn": True, "numba": True}
+    defaults |= {"tf32": False, "tune_allocator": True, "flush_denormal": True, "onednn": True, "numba": True}
     return Namespace(**defaults | changes)
 
 
@@ -60,7 +60,7 @@ def test_cuda_with_a_gpu_is_used(gpu, settings):
     """Device and name, and no hint to use it."""
     device, line = runtime.setup(flags(cuda=True))
     assert device == CUDA
-    assert "Imaginary cuda X1" in line
+    assert "Imaginary cuda X1" in line and "products float32" in line
     assert "--cuda" not in line
 
 
@@ -339,3 +339,43 @@ def test_several_gpus_get_replicas_along_dim_1(monkeypatch):
     monkeypatch.setattr(torch.nn, "DataParallel", lambda *args, **kwargs: made.append((args, kwargs)) or "replicas")
     assert runtime.data_parallel(model, torch.device("cuda")) == ("replicas", 3)
     assert made == [((model,), {"dim": 1})]
+
+
+def test_graphs_are_replayed_where_they_fit(monkeypatch):
+    """One is recorded for each shape of a window, some shapes at most; results, gradients and states are the core's."""
+    torch.manual_seed(0)
+    core, recorded, replayed = RMC(5, headsize=3, numheads=2), [], []
+
+    def record(module, sample):
+        recorded.append(tuple(part.shape for part in sample))
+        assert all(part.data_ptr() != other.data_ptr() for part, other in zip(sample, given, strict=True))
+        return lambda *parts: replayed.append(1) or module(*parts)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(runtime, "GRAPHS", 2)
+    plain = copy.deepcopy(core)
+    runtime.graph(core)
+    for steps in (7, 7, 3, 5, 7, 3):
+        given = torch.randn(steps, 2, 5, requires_grad=True), torch.randn(1, 2, 6)
+        outputs = []
+        for each in (core, plain):
+            output, (memory,) = each(given[0], given[1:])
+            (output.sum() + memory.sum()).backward()
+            outputs.append([output, memory, given[0].grad.clone(), *(p.grad.clone() for p in each.parameters())])
+            given[0].grad = None
+        for one, two in zip(*outputs, strict=True):
+            assert torch.equal(one, two)
+    assert recorded == [((7, 2, 5), (1, 2, 6)), ((3, 2, 5), (1, 2, 6))] and len(replayed) == 5
+    with torch.no_grad():
+        core(*(given[0], given[1:]))
+    core.eval()
+    core(given[0], given[1:])
+    assert len(replayed) == 5
+
+
+def test_tf32_is_asked_for(gpu, settings):
+    """On a GPU products are float32 or TF32, as the flag says, and the line says so."""
+    for wanted, precision, said in ((True, "tf32", "products TF32"), (False, "ieee", "products float32")):
+        _, line = runtime.setup(flags(cuda=True, tf32=wanted))
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.rnn.fp32_precision == precision
+        assert said in line

@@ -5,7 +5,7 @@ from conftest import TINY, live
 
 import train_awd
 from models import build
-from utils import cli
+from utils import parsing
 
 PAPER = {
     "data": "data/penn", "model": "LSTM", "emsize": 400, "nhid": 1150, "nlayers": 3, "lr": 30.0, "clip": 0.25,
@@ -28,7 +28,7 @@ CHARACTERS = {"alpha": 0.0, "beta": 0.0, "dropoute": 0.0, "optimizer": "adam", "
 
 def parse(*argv):
     """The flags of a train_awd.py command line."""
-    return cli.parse_training(train_awd.build_parser(), train_awd.RECIPES, list(argv), family="awd")[0]
+    return parsing.parse_training(train_awd.build_parser(), train_awd.RECIPES, list(argv), family="awd")[0]
 
 
 @pytest.mark.parametrize(

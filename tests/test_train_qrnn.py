@@ -8,7 +8,7 @@ from conftest import TINY, live
 
 import train_qrnn
 from models import build
-from utils import cli, runtime, trainer
+from utils import parsing, runtime, trainer
 
 PAPER = {
     "emsize": 640, "nhid": 640, "nlayers": 2, "window": 2, "zoneout": 0.1, "dropout": 0.5, "mode": "fo", "tied": False,
@@ -20,7 +20,7 @@ PAPER = {
 
 def parse(*argv):
     """The flags of a train_qrnn.py command line."""
-    return cli.parse_training(train_qrnn.build_parser(), train_qrnn.RECIPES, list(argv), family="qrnn")[0]
+    return parsing.parse_training(train_qrnn.build_parser(), train_qrnn.RECIPES, list(argv), family="qrnn")[0]
 
 
 def test_recipes():

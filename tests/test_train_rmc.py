@@ -5,7 +5,7 @@ from conftest import TINY, live
 
 import train_rmc
 from models import build
-from utils import cli
+from utils import parsing
 
 SMALL = [flag for flag in TINY if "nhid" not in flag] + ["--headsize=5", "--numheads=3", "--keysize=2"]
 PORT = {
@@ -18,7 +18,7 @@ PORT = {
 
 def parse(*argv):
     """The flags of a train_rmc.py command line."""
-    return cli.parse_training(train_rmc.build_parser(), train_rmc.RECIPES, list(argv), family="rmc")[0]
+    return parsing.parse_training(train_rmc.build_parser(), train_rmc.RECIPES, list(argv), family="rmc")[0]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_train_resume_evaluate_generate(flags, tiny_corpus, tmp_path, monkeypatc
 def test_cutoffs_are_derived_and_said(tiny_corpus, capsys):
     """From the vocabulary's size; the recipe's tying gives way with a line."""
     args = parse("--data", str(tiny_corpus), "--adaptivesoftmax")
-    cli.load_corpus(args)
+    parsing.load_corpus(args)
     out = capsys.readouterr().out
     assert args.cutoffs == [1, 5] and "cutoffs 1 5" in out and "gives way" in out
 
@@ -87,6 +87,8 @@ def test_cutoffs_are_derived_and_said(tiny_corpus, capsys):
         (["--cutoffs", "5"], ["--adaptivesoftmax"]),
         (["--gatestyle", "most"], ["--gatestyle", "unit"]),
         (["--memslots", "0"], ["--memslots"]),
+        (["--cuda-graphs"], ["--cuda-graphs", "give --cuda"]),
+        (["--cuda-graphs", "--cuda", "--amp", "bf16"], ["no --amp"]),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ import evaluate
 import generate
 import train_rnn
 from models import build
-from utils import checkpoint, cli
+from utils import checkpoint, parsing
 
 PORT = {
     "emsize": 300, "nhid": 300, "nlayers": 1, "lr": 0.001, "clip": 0.1, "epochs": 100, "batch_size": 64, "bptt": 100,
@@ -65,7 +65,7 @@ README_LINES = [
 
 def parse(*argv):
     """The flags of a train_rnn.py command line."""
-    return cli.parse_training(train_rnn.build_parser(), train_rnn.RECIPES, list(argv), family="rnn")[0]
+    return parsing.parse_training(train_rnn.build_parser(), train_rnn.RECIPES, list(argv), family="rnn")[0]
 
 
 @pytest.mark.parametrize(("recipe", "line", "meaning"), README_LINES, ids=[line for _, line, _ in README_LINES])
@@ -123,7 +123,7 @@ def test_every_training_flag_is_read():
     """No flag of the train scripts is parsed and then forgotten: each name is used in the code that trains."""
     source = "".join(
         (ROOT / "utils" / f"{name}.py").read_text()
-        for name in ("experiment", "trainer", "optim", "runtime", "cli", "pruning")
+        for name in ("experiment", "trainer", "optim", "runtime", "parsing", "pruning")
     )
     source += (ROOT / "train_rnn.py").read_text()
     for action in train_rnn.build_parser()._actions:
@@ -134,7 +134,7 @@ def test_every_training_flag_is_read():
 def test_parameters_of_the_recipes_on_wikitext2(corpus_folder):
     """The port's model has 10,739,078 parameters on the real vocabulary."""
     args = parse("--data", str(corpus_folder("wikitext-2")))
-    corpus = cli.load_corpus(args)
+    corpus = parsing.load_corpus(args)
     assert build(train_rnn.model_config(args, len(corpus.vocabulary))).num_params() == 10_739_078
 
 

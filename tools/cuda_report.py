@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import benchmark
 from models import compiled, forget_mult
 from models.forget_mult import cuda, nvrtc, pooling
-from utils import cli, timing
+from utils import cli, measurements, program, timing
 from utils.workers import Candidate
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
@@ -89,7 +89,7 @@ def launches(args):
     """Rows: a family, the tensor operations of a training step by torch alone, with the kernels, and what they save."""
     rows = []
     for name in FAMILIES:
-        candidate = Candidate(*benchmark.CANDIDATES[name], None, None, args)
+        candidate = Candidate(*measurements.CANDIDATES[name], None, None, args)
         with compiled.torch_only():
             pooling.fused = lambda *tensors: None
             alone, calls = timing.count(candidate.step).launches, []
@@ -126,8 +126,8 @@ def main(argv=None):
     figures = {"kind": "cuda", "nvrtc": ".".join(map(str, nvrtc.version(nvrtc.library()))), "spilled": spilled}
     figures |= {"registers": kernels, "architectures": list(ARCHITECTURES), "launches": counted}
     figures |= {"traffic": traffic(), "floors": floors(), "bandwidth": BANDWIDTH}
-    benchmark.finish(args, "counted, not timed", figures, "cuda")
+    measurements.finish(args, "counted, not timed", figures, "cuda")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

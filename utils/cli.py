@@ -1,34 +1,16 @@
-"""Flags that the scripts share, their checks, recipes, and the way a script ends."""
+"""Flags that the scripts share, with their checks, and a recipe that two of them share."""
 
 import argparse
-import errno
 import math
 import os
-import re
-import signal
 import sys
 from argparse import BooleanOptionalAction
 
-import torch
-import torch.distributed as dist
+from models.language_model import INITS
 
-from data import Corpus, CorpusError, find_corpus
-from models import ModelError
-from models.language_model import INITS, check_cutoffs
-from models.softmax import default_cutoffs, split_cutoffs
-
-from . import TrainingError, UserError, checkpoint, optim, report
+from . import optim
 from .pruning import Window
-from .report import RunFolder
 from .summary import KINDS
-
-MAY_CHANGE = ("epochs", "max_minutes", "log_interval", "threads")
-"""Flags that --resume lets differ (epochs not under one-cycle; other threads give up bit equality)."""
-LOCATORS = ("data", "runs_dir", "resume", "name", "summary")
-"""Flags that say where things are, the corpus is compared by its checksums; and one that only looks."""
-LOST_PROCESS = re.compile("gloo|nccl|connection (closed|reset)", re.IGNORECASE)
-"""What torch says in the other processes when one of a run has died."""
-
 
 PORT_TRAINING = {
     "optimizer": "adam",
@@ -230,6 +212,9 @@ def add_training(parser):
         help="how weights start: as torch and word_language_model have them, or normal with variance 1 / inputs",
     )
     group.add_argument("--seed", type=seed_number, default=1111, help="random seed, fixes everything")
+    group.add_argument(
+        "--cuda-graphs", action="store_true", help="record the core's passes on a GPU and replay them, one launch each"
+    )
 
 
 def add_compression(parser):
@@ -290,6 +275,7 @@ def add_runtime(parser):
     group = parser.add_argument_group("machine")
     group.add_argument("--cuda", "--accel", action="store_true", help="use the GPU")
     group.add_argument("--amp", choices=("off", "bf16"), default="off", help="products in bfloat16, sums in float32")
+    group.add_argument("--tf32", action="store_true", help="float32 products of a GPU with 10 bits behind the point")
     group.add_argument("--threads", type=positive_int, metavar="N", help="of the CPU; torch's choice if not given")
     group.add_argument(
         "--tune-allocator",
@@ -315,168 +301,3 @@ def add_runtime(parser):
         default=True,
         help="element-wise work of the CPU in kernels that numba compiles once and keeps",
     )
-
-
-def parse_training(parser, recipes, argv=None, family=None):
-    """Parse a train script's command line.
-
-    recipes: {name: {flag: default}}, the first is the default. Defaults come from the recipe, or on --resume from the
-    run that is resumed, which must be of `family`; a flag given beats both.
-    Returns the flags, and the checkpoint to go on from or None. Errors end the program with one line and exit code 2.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    first = Parser(add_help=False)
-    first.add_argument("--recipe", choices=tuple(recipes), default=next(iter(recipes)))
-    first.add_argument("--resume")
-    first.add_argument("--runs-dir", default=parser.get_default("runs_dir"))
-    first.prog = parser.prog
-    early, _ = first.parse_known_args(argv)
-    parser.add_argument("--recipe", choices=tuple(recipes), default=early.recipe, help="published set of defaults")
-    parser.set_defaults(**{**recipes[early.recipe], "schedule": None})
-    args = parser.parse_args(argv)
-    given = given_flags(parser, argv, args)
-    resumed = None
-    if args.resume is not None:
-        args, resumed = _resumed(parser, given, early, args, family)
-    else:
-        _settle(parser, given, args, recipes[args.recipe])
-    args.argv = list(argv)
-    return args, resumed
-
-
-def given_flags(parser, argv, args):
-    """The flags that the command line gives, {name: value}; args: what it was parsed to."""
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), _Absent))))
-    return {flag: value for flag, value in given.items() if value is not _Absent}
-
-
-def _settle(parser, given, args, recipe):
-    """Settle what one flag means for another: the schedule of --decay and --when, the tying that is not adaptive."""
-    if args.schedule is None:
-        asked = "step" if args.decay != 1 else "when" if args.when else None
-        args.schedule = asked or recipe.get("schedule", "constant")
-    if args.decay != 1 and args.schedule != "step":
-        parser.error(f"--decay goes with --schedule step, got --schedule {args.schedule}")
-    if (args.when is not None) != (args.schedule == "when"):
-        parser.error(f"--when and --schedule when go together, got --when {args.when}, --schedule {args.schedule}")
-    if args.optimizer == "adam" and args.schedule == "onecycle" and not 0.05 <= args.betas[0] < 0.95:
-        parser.error(f"--betas {args.betas[0]:g}: onecycle moves it by 0.05 both ways, give one of 0.05 to below 0.95")
-    if args.finetune and args.start_from:
-        parser.error("--finetune and --start-from exclude each other: both name the weights to start from")
-    if args.start_from and not os.path.isfile(args.start_from):
-        args.start_from = str(find_run("--start-from", args.start_from, args.runs_dir, "best.pt").best)
-    if args.finetune:
-        if args.optimizer != "ntasgd":
-            parser.error(f"--finetune averages: it goes with --optimizer ntasgd, got {args.optimizer}")
-        args.finetune = str(find_run("--finetune", args.finetune, args.runs_dir, "best.pt").best)
-        args.bptt_max = args.bptt_max or args.bptt + 10
-    if args.compress and args.sparsity:
-        parser.error("--compress and --sparsity exclude each other: a file describes all of its pruning")
-    if "prune_epochs" in given and not args.sparsity:
-        parser.error("--prune-epochs goes with --sparsity, which is not given")
-    if args.adaptivesoftmax and given.get("splitcross"):
-        parser.error("--splitcross and --adaptivesoftmax exclude each other: choose one")
-    args.splitcross = args.splitcross and not args.adaptivesoftmax
-    if args.cutoffs is not None and not (args.adaptivesoftmax or args.splitcross):
-        parser.error("--cutoffs goes with --adaptivesoftmax or --splitcross, neither was given")
-    if args.adaptivesoftmax and args.tied:
-        if given.get("tied"):
-            parser.error("--tied and --adaptivesoftmax exclude each other: an adaptive softmax has weights of its own")
-        report.say("adaptive softmax: its weights are its own, the recipe's --tied gives way")
-        args.tied = False
-
-
-def _resumed(parser, given, early, args, family):
-    folder = find_run("--resume", early.resume, early.runs_dir, "last.pt")
-    resumed = checkpoint.load(folder.last)
-    checkpoint.expect_family(resumed, folder.last, [family])
-    saved = resumed["args"]
-    free = set(MAY_CHANGE) | set(LOCATORS)
-    if saved["schedule"] == "onecycle":
-        free.discard("epochs")
-    for flag, value in given.items():
-        if flag not in free and value != saved.get(flag):
-            allowed = ", ".join(f"--{name.replace('_', '-')}" for name in MAY_CHANGE if name in free)
-            parser.error(
-                f"--{flag.replace('_', '-')} {value} differs from the resumed run's {saved.get(flag)}: "
-                f"only {allowed} may"
-            )
-    place = {"name": folder.path.name, "runs_dir": str(folder.path.parent), "resume": early.resume}
-    return argparse.Namespace(**{**vars(args), **saved, **given, **place}), resumed
-
-
-class _Absent:
-    """Stands for a flag that the command line does not give."""
-
-
-def find_run(flag, run, runs_dir, file):
-    """The RunFolder of a run's name or path, given by `flag`. Raises UserError when it holds no `file`."""
-    for path in (os.path.join(runs_dir, run), run):
-        if os.path.isfile(os.path.join(path, file)):
-            return RunFolder(path)
-    raise UserError(f"{flag} {run}: expected a run folder with {file}, found none at {run} nor in {runs_dir}")
-
-
-def model_config(args, vocab_size, family, core, dropouti):
-    """The model that flags describe, for models.build. core: names of the flags that the core takes as arguments."""
-    return {
-        "family": family,
-        "core": {name: getattr(args, name) for name in core},
-        "vocab_size": vocab_size,
-        "tied": args.tied,
-        "cutoffs": args.cutoffs,
-        "dropouti": dropouti,
-        "dropout": args.dropout,
-        "init": args.init,
-        "splitcross": args.splitcross,
-    }
-
-
-def load_corpus(args):
-    """The corpus that --data, --vocab and --vocab-size name; sets --cutoffs where they are to be derived from it.
-
-    Raises CorpusError, and ModelError for cutoffs that do not fit the vocabulary.
-    """
-    corpus = Corpus.load(find_corpus(args.data), args.vocab, args.vocab_size, notice=report.say)
-    words = len(corpus.vocabulary)
-    if args.cutoffs is None and (args.adaptivesoftmax or args.splitcross):
-        args.cutoffs = default_cutoffs(words) if args.adaptivesoftmax else split_cutoffs(words)
-    if args.cutoffs is not None:
-        check_cutoffs(args.cutoffs, words)
-        kind = "adaptive" if args.adaptivesoftmax else "split"
-        report.say(f"{kind} softmax: cutoffs {' '.join(map(str, args.cutoffs))}")
-    return corpus
-
-
-def run(main):
-    """Call a script's main; what the user did wrong ends with one line and exit code 2, bugs keep their traceback."""
-    prog = os.path.basename(sys.argv[0])
-    try:
-        main()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written: a late Ctrl-C would only show torch's clean-up
-    except (UserError, CorpusError, ModelError) as error:
-        sys.exit(_fail(prog, error, 2))
-    except TrainingError as error:
-        sys.exit(_fail(prog, error, 1))
-    except torch.OutOfMemoryError as error:
-        first = str(error).split(". ", 1)[0]
-        sys.exit(_fail(prog, f"{first}; use a smaller --batch-size or --bptt", 2))
-    except RuntimeError as error:
-        if not (dist.is_initialized() and LOST_PROCESS.search(str(error))):
-            raise
-        sys.exit(_fail(prog, "another process of this run is gone; see its message, then --resume the run", 1))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_fail(prog, f"cannot write: {error.strerror}{where}; free some space; files are as they were", 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail(prog, "interrupted", 130))
-
-
-def _fail(prog, error, code):
-    print(f"{prog}: error: {error}", file=sys.stderr)
-    return code

@@ -12,14 +12,18 @@ import torch
 from torch.nn import functional
 
 from data.batching import columns, windows
-from data.corpus import encode_file, split_file
+from data.corpus import SPLITS, Vocabulary, encode_file, find_corpus, split_file
 from generate import sample
 from models import build
 from models.native import Int8, narrow
 from models.sparse import Rows, compressed_rows
 
-from . import checkpoint, quantization, report, runtime, timing
+from . import checkpoint, report, runtime, timing
+from . import quantization as integers
+from .distiller import Distiller
 from .evaluation import evaluate
+from .measurements import finish, time_ways
+from .workers import Worker
 
 STEPS, COLUMNS = 35, 10
 """Of a batch that is timed: word_language_model's."""
@@ -42,6 +46,8 @@ QUANTIZATIONS = {
     ),
 }
 """The rows of distiller's table: settings, and the perplexity that it prints for them, of WikiText-2's valid split."""
+PRODUCTS = [(rows, 650, outputs) for outputs in (2600, 10000) for rows in (1, 10, 350)]
+"""Sizes (rows, inputs, outputs) of an LSTM of 650 units and its softmax."""
 WAYS = (
     "fp32", "bf16", "int8, ours", "int8, torch.ao", "int8, torchao", *(f"rows, {part:.0%} zeros" for part in ZEROS)
 )  # fmt: skip
@@ -73,7 +79,7 @@ class Measured:
             "weights_mib": sum(stored.values()) / 2**20,
             "parameters": self.model.num_params(),
             "zeros": sum(int((parameter == 0).sum()) for parameter in self.model.parameters()),
-            "types": quantization.summary(self.saved["config"]),
+            "types": integers.summary(self.saved["config"]),
         }
 
     @torch.inference_mode()
@@ -102,13 +108,13 @@ class Simulated:
 
     def collect(self, ids):
         """Take statistics from a text."""
-        self.statistics = quantization.collect(self.saved, ids)
+        self.statistics = integers.collect(self.saved, ids)
 
     def score(self, settings, ids, batch_size):
-        """Perplexity of ids (N,) under settings, names of quantization.SETTINGS; None: in float32."""
+        """Perplexity of ids (N,) under settings, names of integers.SETTINGS; None: in float32."""
         model = self.model
         if settings is not None:
-            settings = {**quantization.SETTINGS, **settings, "statistics": self.statistics}
+            settings = {**integers.SETTINGS, **settings, "statistics": self.statistics}
             model = build({**self.saved["config"], "quantization": settings}).eval()
             model.load_state_dict(self.saved["weights"])
         return evaluate(model, ids, batch_size).perplexity
@@ -174,3 +180,63 @@ def ways():
         return WAYS
     report.say("| torchao is not installed: left out (pip install torchao)")
     return tuple(way for way in WAYS if way != "int8, torchao")
+
+
+def products(args):
+    """Time products of matrices in float32, bfloat16, int8 and compressed rows, at the sizes of an LSTM of 650."""
+    _, machine = runtime.setup(args)
+    rows, every = [], ways()
+    for sizes in PRODUCTS:
+        rows += time_ways(args, Product, sizes, every)
+    finish(args, machine, {"kind": "products", "rows": rows}, "compression")
+
+
+def quantization(args):
+    """Perplexity of a model in simulated integers, by ours and, on the same weights and statistics, by distiller."""
+    _, machine = runtime.setup(args)
+    saved = checkpoint.load(args.checkpoint)
+    folder, vocabulary = find_corpus(args.data or saved["args"]["data"]), Vocabulary(**saved["vocabulary"])
+    texts = {split: encode_file(split_file(folder, split), vocabulary)[0] for split in SPLITS}
+    workers = {"ours": Worker(args.checkpoint, args, kind=Simulated)}
+    if args.distiller:
+        workers["distiller"] = Worker(args.checkpoint, args.distiller, args, kind=Distiller)
+    rows = [{"name": name, "published": published} for name, (_, published) in QUANTIZATIONS.items()]
+    for who, worker in workers.items():
+        worker("collect", texts[args.split][: args.statistics_tokens + 1])
+        for row in rows:
+            settings, _ = QUANTIZATIONS[row["name"]]
+            row[who] = {
+                split: worker("score", settings, texts[split][: args.tokens], args.eval_batch) for split in SPLITS[1:]
+            }
+            report.say(f"| {who} | {row['name']} | " + " | ".join(f"{s} ppl {p:.2f}" for s, p in row[who].items()))
+        worker.end()
+    figures = {"kind": "quantization", "corpus": folder.name, "eval_batch": args.eval_batch, "rows": rows}
+    figures["statistics"] = f"{args.statistics_tokens:,} tokens of {args.split}"
+    finish(args, machine, figures, "compression")
+
+
+def compression(args):
+    """Size, peak memory, speed and perplexity of checkpoints, the first also in bf16: what compression really gives."""
+    _, machine = runtime.setup(args)
+    (_, dense), *_ = given = [place.rpartition("=")[::2] for place in args.checkpoints]
+    folder = find_corpus(args.data or checkpoint.load(dense)["args"]["data"])
+    candidates = {name or path: (path, args.amp, args) for name, path in given}
+    candidates[f"{next(iter(candidates))}, bf16"] = (dense, "bf16", args)
+    workers = {name: Worker(*candidate, kind=Measured) for name, candidate in candidates.items()}
+    rows = {name: {"name": name, "memory_mib": worker("memory"), **worker("facts")} for name, worker in workers.items()}
+    for name, worker in workers.items():
+        for split in ("valid", "test"):
+            rows[name][split] = worker("score", folder, split, args.eval_batch, args.tokens)
+        report.say(f"| {name} | valid ppl {rows[name]['valid']:.2f} | test ppl {rows[name]['test']:.2f}")
+        rows[name] |= {"batch_ms": [], "word_ms": []}
+    for number in report.progress(range(args.warmup + args.rounds), "compression"):
+        for name, worker in workers.items():
+            taken = worker("batch"), worker("words")
+            if number >= args.warmup:
+                rows[name]["batch_ms"].append(taken[0])
+                rows[name]["word_ms"].append(taken[1])
+    for worker in workers.values():
+        worker.end()
+    figures = {"kind": "compression", "corpus": folder.name, "eval_batch": args.eval_batch}
+    figures |= {"steps": STEPS, "columns": COLUMNS, "rows": list(rows.values())}
+    finish(args, machine, figures, "compression")

@@ -9,7 +9,7 @@ from data.batching import columns, scored_columns
 from models import build
 from models.softmax import IGNORE
 
-from . import UserError, checkpoint, cli, onnx_export, report, runtime
+from . import UserError, checkpoint, onnx_export, parsing, report, runtime
 from .distributed import Processes
 from .pruning import chosen_schedule
 from .report import RunFolder
@@ -23,18 +23,18 @@ DECISIVE += ("tied", "init", "seed", "vocab", "vocab_size", "eval_batch", "amp")
 def train(family, parser, recipes, model_config, argv=None):
     """What every train script does: parse flags, load the corpus, build the model's configuration, fit.
 
-    family: of models.CORES. parser, recipes: for cli.parse_training. model_config: (args, vocabulary size) -> the
+    family: of models.CORES. parser, recipes: for parsing.parse_training. model_config: (args, vocabulary size) -> the
     dictionary for models.build. Returns the run record, None with --summary.
     """
-    args, resumed = cli.parse_training(parser, recipes, argv, family)
-    corpus = cli.load_corpus(args)
+    args, resumed = parsing.parse_training(parser, recipes, argv, family)
+    corpus = parsing.load_corpus(args)
     return fit(args, corpus, model_config(args, len(corpus.vocabulary)), resumed)
 
 
 def fit(args, corpus, config, resumed=None):
     """Train the model that `config` describes on `corpus`, evaluate its best checkpoint, keep all in a run folder.
 
-    args: flags of utils.cli. config: for models.build. resumed: a checkpoint to go on from, as cli.parse_training
+    args: flags of utils.cli. config: for models.build. resumed: a checkpoint to go on from, as parsing.parse_training
     returns it. Returns the run record.
 
     Raises UserError for what the user must mend, TrainingError when the loss is not finite any more.
@@ -65,6 +65,10 @@ def _fit(args, corpus, config, resumed, device, machine):
         return report.say(summary_text(model, args.summary))
     processes = Processes(device)
     replicas, parts = runtime.data_parallel(model, device)
+    if args.cuda_graphs:
+        if parts * processes.size > 1:
+            raise UserError("--cuda-graphs is for one GPU: choose it by CUDA_VISIBLE_DEVICES, without torchrun")
+        runtime.graph(model.core)
     if processes.size > 1:
         replicas, parts = processes.replicate(model), processes.size
     stream = columns(corpus.train, args.batch_size)

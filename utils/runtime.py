@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+import warnings
 
 import torch
 
@@ -17,7 +18,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's <malloc.h>
 
 
 def setup(args):
-    """Apply --cuda, --threads, --tune-allocator, --flush-denormal, --onednn, --numba.
+    """Apply --cuda, --tf32, --threads, --tune-allocator, --flush-denormal, --onednn, --numba.
 
     Returns the device and a line that says what holds.
 
@@ -32,12 +33,16 @@ def setup(args):
     if args.cuda and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    if args.cuda:
+        use_tf32(args.tf32)
     if args.threads:
         torch.set_num_threads(args.threads)
     kept = args.tune_allocator and keep_memory()
     # Threads that OpenMP starts later inherit the flag from this one.
     flushed = torch.set_flush_denormal(args.flush_denormal) and args.flush_denormal
-    onednn = use_onednn(args.onednn)
+    products = "oneDNN" if use_onednn(args.onednn) else "default"
+    if args.cuda:
+        products = "TF32" if args.tf32 else "float32"
     compiled.use(args.numba)
     compiled.announce = lambda name: print(f"| compiling the kernel {name}, once", file=sys.stderr, flush=True)
     settings = [
@@ -45,7 +50,7 @@ def setup(args):
         f"threads {torch.get_num_threads()}",
         f"allocator {'tuned' if kept else 'default'}",
         f"denormals {'flushed' if flushed else 'kept'}",
-        f"products {'oneDNN' if onednn else 'default'}",
+        f"products {products}",
         f"kernels {'numba' if args.numba else 'torch'}",
         f"amp {args.amp}",
     ]
@@ -65,6 +70,53 @@ def keep_memory():
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20))
     done = [mallopt(option, value) == 1 for option, value in settings]
     return all(done)
+
+
+def use_tf32(wanted):
+    """Compute a GPU's float32 products, cuDNN's too, in TF32 (8 bits of exponent, 10 behind the point), or plainly."""
+    precision = "tf32" if wanted else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.rnn.fp32_precision = precision
+    # weight drop hands cuDNN weights that do not lie together: it copies them, once a step, and says so once
+    warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+
+
+GRAPHS = 8
+"""Shapes of windows that graph records; others are computed as they come."""
+
+
+class Passes(torch.nn.Module):
+    """A core's pass over a window as torch.cuda.make_graphed_callables wants it: tensors in, tensors out."""
+
+    def __init__(self, core, forward):
+        super().__init__()
+        self.core, self.eager = core, forward
+
+    def forward(self, x, *state):
+        """x (T, B, E), the state's tensors -> the output, the tensors of the state after."""
+        output, after = self.eager(x, state)
+        return output, *after
+
+
+def graph(core):
+    """Record a core's training passes as CUDA graphs, one for each shape of a window, and replay them from then on.
+
+    A loop over time in Python starts thousands of kernels a window; a replayed graph is one launch. In float32, on one
+    GPU. Not proven on a GPU but for what tests/test_gpu.py says.
+    """
+    eager, recorded = core.forward, {}
+
+    def forward(x, state):
+        known = x.shape in recorded
+        if not (core.training and torch.is_grad_enabled()) or not (known or len(recorded) < GRAPHS):
+            return eager(x, state)
+        if not known:
+            sample = x.detach().clone().requires_grad_(x.requires_grad), *(part.detach().clone() for part in state)
+            recorded[x.shape] = torch.cuda.make_graphed_callables(Passes(core, eager), sample)
+        output, *after = recorded[x.shape](x, *state)
+        return output, tuple(after)
+
+    core.forward = forward
 
 
 def use_onednn(wanted):

@@ -15,7 +15,7 @@ from data.batching import columns, windows
 from data.corpus import Corpus
 from models import build, compiled
 
-from . import UserError, cli, optim, runtime, timing, trainer
+from . import UserError, optim, parsing, runtime, timing, trainer
 from .evaluation import evaluate
 from .peers import PEERS, PORT, load
 from .trainer import epoch_lengths
@@ -26,7 +26,9 @@ class Candidate:
 
     def __init__(self, script, flags, peer, checkout, args):
         module = importlib.import_module(script)
-        self.flags, _ = cli.parse_training(module.build_parser(), module.RECIPES, [*flags.split(), "--amp", args.amp])
+        self.flags, _ = parsing.parse_training(
+            module.build_parser(), module.RECIPES, [*flags.split(), "--amp", args.amp]
+        )
         if peer:  # as its users run it, denormals apart
             self.device = torch.device("cuda" if args.cuda else "cpu")
             if args.threads:

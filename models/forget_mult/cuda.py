@@ -22,6 +22,7 @@ ENOUGH = 1 << 16
 SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 
 
+@torch.compiler.assume_constant_result
 def usable(device):
     """Whether the kernels can be launched on a GPU; a warning says once why not."""
     reason = _obstacle(device.index)

@@ -16,6 +16,17 @@ def version(name):
         return f"{type(error).__name__}: {error}"
 
 
+def driver():
+    """What CUDA the driver is for, by CuPy."""
+    try:
+        from cupy.cuda import runtime
+
+        number = runtime.driverGetVersion()
+    except Exception as error:  # of the import
+        return f"unknown ({type(error).__name__})"
+    return f"for CUDA {number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
 def compiles():
     """Compile for every architecture that NVRTC knows; a line each, the compiler's log if it fails."""
     try:
@@ -56,6 +67,7 @@ def main():
     print(f"torch {torch.__version__}, built for CUDA {torch.version.cuda}")
     for name in ("cupy", "pynvrtc"):
         print(f"{name} {version(name)}")
+    print(f"driver {driver()}")
     compiles()
     print(f"kernels are kept in {nvrtc.folder()}")
     if not torch.cuda.is_available():

@@ -57,8 +57,7 @@ template <int W> __device__ __forceinline__ Index first_column() {
 
 // h_t = g_t x_t + (1 - g_t) h_{t-1} if MIX, else h_t = g_t h_{t-1} + x_t.
 template <class T, int W, bool MIX>
-__device__ __forceinline__ void forward(const T *gate, const T *x,
-                                        const typename WideOf<T>::Type *initial, T *h,
+__device__ __forceinline__ void forward(const T *gate, const T *x, const typename WideOf<T>::Type *initial, T *h,
                                         Index steps, Index columns, int reverse) {
     typedef typename WideOf<T>::Type A;
     const Index column = first_column<W>();
@@ -83,9 +82,8 @@ __device__ __forceinline__ void forward(const T *gate, const T *x,
 // The gradients by gate, x and the state before the first step, given slope, that by h.
 template <class T, int W, bool MIX>
 __device__ __forceinline__ void
-backward(const T *slope, const T *gate, const T *x, const T *h,
-         const typename WideOf<T>::Type *initial, T *d_gate, T *d_x,
-         typename WideOf<T>::Type *d_initial, Index steps, Index columns, int reverse) {
+backward(const T *slope, const T *gate, const T *x, const T *h, const typename WideOf<T>::Type *initial, T *d_gate,
+         T *d_x, typename WideOf<T>::Type *d_initial, Index steps, Index columns, int reverse) {
     typedef typename WideOf<T>::Type A;
     const Index column = first_column<W>();
     if (column >= columns) return;

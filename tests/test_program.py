@@ -1,0 +1,44 @@
+"""How a script ends: one line for what the user can mend, a traceback for a bug."""
+
+import errno
+
+import pytest
+import torch
+
+from utils import TrainingError, UserError, program
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("what; do this"), 2, "script.py: error: what; do this\n"),
+        (TrainingError("not finite"), 1, "script.py: error: not finite\n"),
+        (KeyboardInterrupt(), 130, "script.py: error: interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.csv"), 2, "script.py: error: cannot write: No space left "
+         "on device (a.csv); free some space; files are as they were\n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much. More"), 2,
+         "script.py: error: CUDA out of memory; use a smaller --batch-size or --bptt\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)  # fmt: skip
+def test_how_scripts_end(error, code, line, monkeypatch, capsys):
+    """What the user can mend is one line; the exit code says which kind of end it was."""
+
+    def main():
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["/somewhere/script.py"])
+    with pytest.raises(SystemExit) as exit_info:
+        program.run(main)
+    assert (exit_info.value.code, capsys.readouterr().err) == (code, line)
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), OSError(errno.EIO, "I/O error"), RuntimeError("shape")])
+def test_bugs_keep_their_traceback(bug):
+    """What is nobody's input is not dressed up."""
+
+    def main():
+        raise bug
+
+    with pytest.raises(type(bug)):
+        program.run(main)
