@@ -12,16 +12,18 @@ import types
 import warnings
 
 import numpy as np
+import on_numpy
 import ptx
 import pytest
 import torch
 from conftest import ROOT
+from on_numpy import OnNumpy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmark
 import generate
 import train_rmc
-from models import compiled, forget_mult
+from models import forget_mult
 from models.forget_mult import choose, cuda, doctor, nvrtc, operator, pooling, recurrence
 
 if sys.platform != "linux":
@@ -37,37 +39,14 @@ UNTOUCHED = cuda.submit
 @pytest.fixture(scope="session")
 def kernels():
     """The kernels as NVRTC's PTX, parsed."""
-    return ptx.parse(nvrtc.compiled(SOURCE, "compute_80", nvrtc.library()))
-
-
-class Numpy:
-    """Stands for the GPU: launches run on numpy. launched: (name, blocks, arguments); memory: of the last launch."""
-
-    def __init__(self, kernels, monkeypatch):
-        self.kernels, self.launched, launch = kernels, [], cuda.launch
-
-        def watched(name, threads, tensors, *scalars):
-            self.memory = ptx.Memory()
-            for tensor in tensors:
-                if tensor is not None and tensor.device.type == "cpu":
-                    self.memory.allow(tensor.data_ptr(), compiled.array(tensor))
-            launch(name, threads, tensors, *scalars)
-
-        monkeypatch.setattr(cuda, "launch", watched)
-        monkeypatch.setattr(cuda, "submit", self.submit)
-        monkeypatch.setattr(pooling, "fused", lambda *tensors: (cuda.pool, cuda.pool_back))
-
-    def submit(self, device, name, blocks, arguments):
-        """What cuda.submit would start."""
-        self.launched.append((name, blocks, arguments))
-        ptx.Machine(self.kernels[name], blocks, cuda.THREADS, arguments, self.memory).run()
+    return on_numpy.kernels()
 
 
 @pytest.fixture
 def gpu(kernels, monkeypatch):
     """The kernels run on numpy, with blocks of few threads, so that there are several."""
     monkeypatch.setattr(cuda, "THREADS", 8)
-    return Numpy(kernels, monkeypatch)
+    return OnNumpy(kernels, monkeypatch.setattr)
 
 
 def relative(got, want):
@@ -151,7 +130,7 @@ def test_gradients_of_any_strides(gpu):
     found = []
     for backend in ("cuda", "reference"):
         leaves = gate.clone().requires_grad_(), x.clone().requires_grad_()
-        forget_mult(leaves[0].transpose(0, 1).transpose(0, 1), leaves[1], backend=backend).sum().backward()
+        forget_mult(*leaves, backend=backend).sum().backward()
         found.append([leaf.grad for leaf in leaves])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
@@ -197,9 +176,8 @@ def without(*starts):
 def caught(source, call, inputs, dtypes, monkeypatch):
     """What comparing a call by a broken source's kernels ends with: faults and wrong numbers, [(kind, text)]."""
     source = source.replace("ALL_OF(float64, double, 2)", "")
-    kernels = ptx.parse(nvrtc.compiled(source, "compute_80", nvrtc.library()))
     monkeypatch.setattr(cuda, "THREADS", 8)
-    Numpy(kernels, monkeypatch)
+    OnNumpy(on_numpy.kernels(source), monkeypatch.setattr)
     found = []
     for dtype, reverse in itertools.product(dtypes, (False, True)):
         try:
@@ -295,7 +273,7 @@ class Driver:
     """Records what cuda.submit does on a device that is not there."""
 
     def __init__(self, monkeypatch):
-        self.devices, self.streams, self.calls, self.current = [], [], [], "first"
+        self.devices, self.calls, self.current = [], [], "first"
         monkeypatch.setattr(torch.cuda, "device", self.device)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: (self.current, device.index))
         stream = types.SimpleNamespace(from_external=lambda stream: ("cupy's of", *stream))

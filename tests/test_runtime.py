@@ -367,7 +367,7 @@ def test_graphs_are_replayed_where_they_fit(monkeypatch):
             assert torch.equal(one, two)
     assert recorded == [((7, 2, 5), (1, 2, 6)), ((3, 2, 5), (1, 2, 6))] and len(replayed) == 5
     with torch.no_grad():
-        core(*(given[0], given[1:]))
+        core(given[0], given[1:])
     core.eval()
     core(given[0], given[1:])
     assert len(replayed) == 5

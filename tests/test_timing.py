@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from models import forget_mult
 from models.products import step_linear
 from utils import timing
 
@@ -42,6 +43,16 @@ def test_products_of_a_linear_layer():
     packed = timing.count(lambda: step_linear(layer.weight, layer.bias)(x).sum().backward())
     assert shapes(packed) == expected
     assert sum(kind == "packed" for kind, *_ in packed.products) == 2
+
+
+@pytest.mark.parametrize("steps", (3, 11))
+def test_our_operators_are_counted_as_what_they_do(steps):
+    """The recurrence by torch's operations is one a step, forward and backward, and a fixed number besides."""
+    f, x = (torch.rand(steps, 2, 5, requires_grad=True) for _ in range(2))
+    counted = timing.count(lambda: forget_mult(f, x, backend="torch").sum().backward()).launches
+    assert 2 * steps < counted < 2 * steps + 30
+    again = timing.count(lambda: forget_mult(f.repeat(2, 1, 1), x.repeat(2, 1, 1), backend="torch").sum().backward())
+    assert again.launches == pytest.approx(counted + 2 * steps, abs=6)
 
 
 def test_products_of_an_lstm():

@@ -12,14 +12,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import ptx
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import on_numpy
+from on_numpy import OnNumpy
+
 import benchmark
 from models import compiled, forget_mult
-from models.forget_mult import cuda, nvrtc, pooling
+from models.forget_mult import nvrtc, pooling
 from utils import cli, measurements, program, timing
 from utils.workers import Candidate
 
@@ -48,30 +50,24 @@ def registers(ptxas):
 
 def traffic():
     """Rows: a kernel of float32, bytes that it loads and stores for each number of h, and the fewest possible."""
-    kernels = ptx.parse(nvrtc.compiled(nvrtc.SOURCE.read_text(encoding="utf-8"), "compute_80", nvrtc.library()))
-    memories, launch, steps, columns = {}, cuda.launch, 64, (2, 32)
+    gpu, steps, columns = OnNumpy(on_numpy.kernels()), 64, (2, 32)
+    leaves, rows = [torch.rand(steps, *columns, requires_grad=True) for _ in range(2)], []
 
-    def watched(name, threads, tensors, *scalars):
-        memory = memories[name] = ptx.Memory()
-        for tensor in tensors:
-            if tensor is not None:
-                memory.allow(tensor.data_ptr(), compiled.array(tensor))
-        launch(name, threads, tensors, *scalars)
-
-    def submit(device, name, blocks, arguments):
-        ptx.Machine(kernels[name], blocks, cuda.THREADS, arguments, memories[name]).run()
-
-    cuda.launch, cuda.submit = watched, submit
-    pooling.fused = lambda *tensors: (cuda.pool, cuda.pool_back)
-    leaves = [torch.rand(steps, *columns, requires_grad=True) for _ in range(2)]
-    forget_mult(*leaves, backend="cuda").square().sum().backward()
-    for mode, kinds in pooling.MODES.items():
-        gates = torch.rand(steps, columns[0], kinds * columns[1], requires_grad=True)
-        pooling.pool(gates, torch.zeros(columns), mode, "tanh")[0].square().sum().backward()
-    rows, numbers = [], steps * int(np.prod(columns))
-    for name, memory in memories.items():
+    def add():
+        memory, numbers, (name, *_) = gpu.memory, steps * int(np.prod(columns)), gpu.launched[-1]
         counted = memory.loaded.total() / numbers, memory.stored.total() / numbers
         rows.append([name, *(f"{part:.2f}" for part in counted), *(4 * part for part in fewest(name))])
+
+    h = forget_mult(*leaves, backend="cuda")
+    add()
+    h.square().sum().backward()
+    add()
+    for mode, kinds in pooling.MODES.items():
+        gates = torch.rand(steps, columns[0], kinds * columns[1], requires_grad=True)
+        output, _ = pooling.pool(gates, torch.zeros(columns), mode, "tanh")
+        add()
+        output.square().sum().backward()
+        add()
     return rows
 
 
@@ -90,6 +86,7 @@ def launches(args):
     rows = []
     for name in FAMILIES:
         candidate = Candidate(*measurements.CANDIDATES[name], None, None, args)
+        candidate.step()  # the first one makes the optimizer's state as well
         with compiled.torch_only():
             pooling.fused = lambda *tensors: None
             alone, calls = timing.count(candidate.step).launches, []

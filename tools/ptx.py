@@ -106,10 +106,9 @@ class Machine:
             if given.dtype.itemsize != np.dtype(TYPES[kind]).itemsize or (given.dtype.kind == "f") != (kind[0] == "f"):
                 raise Fault(f"parameter {name} is .{kind}, the argument {given.dtype}")
             self.parameters[name] = int(given.reshape(1).view(f"u{given.dtype.itemsize}")[0])
-        every = np.arange(self.count, dtype=np.uint64)
-        self.special = {"%tid.x": every % threads, "%ctaid.x": every // threads, "%ntid.x": every * 0 + threads}
-        self.special = {name: values.astype(np.uint64) for name, values in self.special.items()}
-        self.registers = {}
+        every = np.arange(self.count)
+        known = {"%tid.x": every % threads, "%ctaid.x": every // threads, "%ntid.x": every * 0 + threads}
+        self.registers = {name: values.astype(np.uint64) for name, values in known.items()}
 
     def run(self):
         """To the end of every thread."""
@@ -228,9 +227,12 @@ class Machine:
             value = np.array([int(operand[2:], 16)], np.uint32 if operand[1] == "f" else np.uint64).view(dtype)[0]
             return np.full(len(self.active), value, dtype)
         if operand[0] != "%":
-            number = {"-1": -1}.get(operand, int(operand.rstrip("U"), 0))
-            return np.full(len(self.active), number & (1 << 64) - 1, np.uint64).view(np.int64).astype(dtype)
-        bits = (self.special.get(operand) if operand in self.special else self.registers[operand])[self.active]
+            return (
+                np.full(len(self.active), int(operand.rstrip("U"), 0) & (1 << 64) - 1, np.uint64)
+                .view(np.int64)
+                .astype(dtype)
+            )
+        bits = self.registers[operand][self.active]
         if kind == "pred":
             return bits.astype(bool)
         return bits.astype(f"u{dtype.itemsize}").view(dtype)

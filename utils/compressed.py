@@ -23,6 +23,7 @@ from . import quantization as integers
 from .distiller import Distiller
 from .evaluation import evaluate
 from .measurements import finish, time_ways
+from .tables import SCORED
 from .workers import Worker
 
 STEPS, COLUMNS = 35, 10
@@ -111,7 +112,7 @@ class Simulated:
         self.statistics = integers.collect(self.saved, ids)
 
     def score(self, settings, ids, batch_size):
-        """Perplexity of ids (N,) under settings, names of integers.SETTINGS; None: in float32."""
+        """Perplexity of ids (N,) under settings, names of quantization.SETTINGS; None: in float32."""
         model = self.model
         if settings is not None:
             settings = {**integers.SETTINGS, **settings, "statistics": self.statistics}
@@ -206,7 +207,7 @@ def quantization(args):
         for row in rows:
             settings, _ = QUANTIZATIONS[row["name"]]
             row[who] = {
-                split: worker("score", settings, texts[split][: args.tokens], args.eval_batch) for split in SPLITS[1:]
+                split: worker("score", settings, texts[split][: args.tokens], args.eval_batch) for split in SCORED
             }
             report.say(f"| {who} | {row['name']} | " + " | ".join(f"{s} ppl {p:.2f}" for s, p in row[who].items()))
         worker.end()
@@ -225,7 +226,7 @@ def compression(args):
     workers = {name: Worker(*candidate, kind=Measured) for name, candidate in candidates.items()}
     rows = {name: {"name": name, "memory_mib": worker("memory"), **worker("facts")} for name, worker in workers.items()}
     for name, worker in workers.items():
-        for split in ("valid", "test"):
+        for split in SCORED:
             rows[name][split] = worker("score", folder, split, args.eval_batch, args.tokens)
         report.say(f"| {name} | valid ppl {rows[name]['valid']:.2f} | test ppl {rows[name]['test']:.2f}")
         rows[name] |= {"batch_ms": [], "word_ms": []}

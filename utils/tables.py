@@ -418,7 +418,7 @@ def compression_text(record):
                 *(row["name"], f"{row['file_mib']:.1f}", f"{row['weights_mib']:.1f}", f"{row['parameters']:,}"),
                 *(f"{100 * row['zeros'] / row['parameters']:.1f}", f"{row['memory_mib']:,.0f}"),
                 *(spread(row["batch_ms"], 1), spread(row["word_ms"], 2), *ratios),
-                *(f"{row[split]:.2f}" for split in ("valid", "test")),
+                *(f"{row[split]:.2f}" for split in SCORED),
             ]
         )
     types = "\n".join(f"- {row['name']}: {row['types']}" for row in record["rows"])

@@ -12,8 +12,6 @@ CHUNK = 512
 
 def forward(gate, x, initial, mix, reverse):
     """See the package's docstring."""
-    if x.dtype == torch.float16:
-        return forward(gate.float(), x.float(), initial, mix, reverse).half()
     h = torch.empty_like(x)
     _forward(*(part.flatten(1) for part in (gate, x)), _state(initial, x), mix, reverse, h.flatten(1))
     return h
@@ -21,10 +19,6 @@ def forward(gate, x, initial, mix, reverse):
 
 def backward(slope, gate, x, h, initial, mix, reverse):
     """See the package's docstring."""
-    if x.dtype == torch.float16:
-        wide = (part.float() for part in (slope, gate, x, h))
-        d_gate, d_x, d_initial = backward(*wide, initial, mix, reverse)
-        return d_gate.half(), d_x.half(), d_initial
     d_gate, d_x = torch.empty_like(gate), torch.empty_like(x)
     state = _state(initial, x)
     carried = torch.zeros_like(state)

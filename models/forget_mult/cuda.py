@@ -105,8 +105,6 @@ def width(dtype, columns, tensors):
 
 def forward(gate, x, initial, mix, reverse):
     """See the package's docstring."""
-    if x.dtype == torch.float16:
-        return forward(gate.float(), x.float(), initial, mix, reverse).half()
     h = torch.empty_like(x)
     _recur("forward", (gate, x, initial.to(wide(x)), h), mix, reverse)
     return h
@@ -114,10 +112,6 @@ def forward(gate, x, initial, mix, reverse):
 
 def backward(slope, gate, x, h, initial, mix, reverse):
     """See the package's docstring."""
-    if x.dtype == torch.float16:
-        parts = (part.float() for part in (slope, gate, x, h))
-        d_gate, d_x, d_initial = backward(*parts, initial, mix, reverse)
-        return d_gate.half(), d_x.half(), d_initial
     first = initial.to(wide(x))
     made = torch.empty_like(gate), torch.empty_like(x), torch.empty_like(first)
     _recur("backward", (slope, gate, x, h, first, *made), mix, reverse)

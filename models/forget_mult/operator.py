@@ -6,12 +6,20 @@ BACKENDS = {}
 NAMESPACE = __name__.split(".")[0]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::recurrence", mutates_args=())
-def solve(
+def compute(
     gate: torch.Tensor, x: torch.Tensor, initial: torch.Tensor, mix: bool, reverse: bool, backend: str
 ) -> torch.Tensor:
-    """forward of a backend; see the package's docstring."""
-    return BACKENDS[backend].forward(gate.contiguous(), x.contiguous(), initial.contiguous(), mix, reverse)
+    """forward of a backend; see the package's docstring. float16 goes through float32."""
+    inputs = (part.contiguous() for part in (*_widened(gate, x), initial))
+    return BACKENDS[backend].forward(*inputs, mix, reverse).to(x.dtype)
+
+
+def _widened(*parts):
+    """Tensors of float16 in float32, others as they are."""
+    return (part.float() if part.dtype == torch.float16 else part for part in parts)
+
+
+solve = torch.library.custom_op(f"{NAMESPACE}::recurrence", mutates_args=())(compute)
 
 
 @solve.register_fake
@@ -19,8 +27,7 @@ def _(gate, x, initial, mix, reverse, backend):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::recurrence_backward", mutates_args=())
-def solve_backward(
+def compute_backward(
     slope: torch.Tensor,
     gate: torch.Tensor,
     x: torch.Tensor,
@@ -30,9 +37,13 @@ def solve_backward(
     reverse: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """backward of a backend."""
-    inputs = (part.contiguous() for part in (slope, gate, x, h, initial))
-    return BACKENDS[backend].backward(*inputs, mix, reverse)
+    """backward of a backend, likewise."""
+    inputs = (part.contiguous() for part in (*_widened(slope, gate, x, h), initial))
+    d_gate, d_x, d_initial = BACKENDS[backend].backward(*inputs, mix, reverse)
+    return d_gate.to(gate.dtype), d_x.to(x.dtype), d_initial
+
+
+solve_backward = torch.library.custom_op(f"{NAMESPACE}::recurrence_backward", mutates_args=())(compute_backward)
 
 
 @solve_backward.register_fake

@@ -29,8 +29,9 @@ def pool(gates, initial, mode, candidate, update=None, keep=1.0, reverse=False, 
     reverse: from the last step to the first. backend: of the recurrence; by device, and in one pass over memory on a
     CPU, if None. The output is float32 or wider.
     """
-    if backend is None and fused(gates, initial):
-        return _Pool.apply(gates, initial, update, keep, mode, candidate, reverse)
+    kernels = fused(gates, initial) if backend is None else None
+    if kernels:
+        return _Pool.apply(kernels, gates, initial, update, keep, mode, candidate, reverse)
     gates = gates.to(wide(gates)).chunk(MODES[mode], -1)
     z, f = CANDIDATES[candidate](gates[0]), torch.sigmoid(gates[1])
     backend = backend or choose(f)
@@ -57,7 +58,7 @@ class _Pool(torch.autograd.Function):
     """In one pass over memory; backward computes the activations again from the raw gates."""
 
     @staticmethod
-    def forward(ctx, gates, initial, update, keep, mode, candidate, reverse):
+    def forward(ctx, kernels, gates, initial, update, keep, mode, candidate, reverse):
         gates, initial = gates.contiguous(), initial.to(wide(gates)).contiguous()
         steps, batch, width = gates.shape
         features = width // MODES[mode]
@@ -65,8 +66,8 @@ class _Pool(torch.autograd.Function):
         c = initial.new_empty(steps, batch, features)
         output = torch.empty_like(c) if mode != "f" else c
         shape = keep, MODES[mode], tuple(CANDIDATES).index(candidate), reverse
-        ctx.kernels = fused(gates, initial)
-        ctx.kernels[0](gates, initial, update, *shape, c, output)
+        ctx.kernels = kernels
+        kernels[0](gates, initial, update, *shape, c, output)
         ctx.save_for_backward(gates, initial, update)
         ctx.c, ctx.shape = (c if mode != "f" else c.clone()), shape
         return output, c[0 if reverse else -1].clone()
@@ -77,7 +78,7 @@ class _Pool(torch.autograd.Function):
         gates, initial, update = ctx.saved_tensors
         d_gates, carried = torch.empty_like(gates), d_last.clone().contiguous()
         ctx.kernels[1](d_output.contiguous(), gates, initial, update, *ctx.shape, ctx.c, d_gates, carried)
-        return d_gates, carried, None, None, None, None, None
+        return None, d_gates, carried, None, None, None, None, None
 
 
 @compiled.inner
