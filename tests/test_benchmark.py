@@ -419,7 +419,7 @@ def test_speed_refuses_what_it_does_not_know(candidates, fails):
     assert "--rounds" in fails(benchmark.main, "speed", "--rounds", 0)
 
 
-@pytest.mark.parametrize("name", ("speed", "qrnn", "awd"))
+@pytest.mark.parametrize("name", ("speed", "qrnn", "awd", "cuda"))
 def test_a_page_is_what_its_records_say(name):
     """Each record of a measurement in results/NAME/ is rendered between its markers."""
     page = benchmark.RESULTS / f"{name}.md"
