@@ -58,6 +58,13 @@ def test_sparse(tiny_checkpoint, tmp_path, capsys, fails):
     before, after = checkpoint.load(pruned)["weights"], checkpoint.load(output)["weights"]
     assert sum(tensor.nbytes for tensor in after.values()) < 0.5 * sum(tensor.nbytes for tensor in before.values())
     assert perplexity(output, capsys) == perplexity(pruned, capsys)
+    native = str(tmp_path / "native.pt")
+    compress.main(["quantize", "--checkpoint", pruned, "--output", native, "--backend", "native"])
+    assert [bool(checkpoint.load(path)["pruning"]["masks"]) for path in (pruned, output, native)] == [
+        True,
+        False,
+        False,
+    ]
     generate.main(["--checkpoint", output, "--words", "20", "--outf", str(tmp_path / "text")])
     assert len((tmp_path / "text").read_text().split()) == 20
     for wrong in (["--dynamic"], ["--dynamic", "sgd"]):

@@ -82,6 +82,9 @@ def test_products(monkeypatch, tmp_path, capsys):
         assert low <= row["difference"] < high, row["name"]
     text = tables.products_text(record)
     assert text in (tmp_path / "compression.md").read_text() and "5 x 67 by 67 x 41" in text
+    taken = {row["name"]: row["ms"][0] for row in record["rows"] if row["sizes"] == [1, 67, 41]}
+    ratio = f"; {taken['fp32'] / taken['int8, ours']:.2f} ("
+    assert ratio in next(line for line in text.splitlines() if line.startswith("| int8, ours"))
 
 
 def test_quantization(tiny_checkpoint, tmp_path, monkeypatch, fails):

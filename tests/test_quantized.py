@@ -218,6 +218,9 @@ def test_statistics():
     assert own["kind"] == "add" and own["feeds"] == "sigmoid"
     for name, value in want.items():
         assert own[name] == pytest.approx(value, rel=1e-5), name
+    rows = model.embedding.weight.detach().double()[stream[:-1]].flatten(1)  # a step of all columns
+    for name, values in (("avg_min", rows.amin(1)), ("avg_max", rows.amax(1))):
+        assert got["encoder"][name] == pytest.approx(values.mean().item(), rel=1e-5), name
 
 
 def test_statistics_file(tmp_path):
