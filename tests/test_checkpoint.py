@@ -3,7 +3,9 @@
 import argparse
 import errno
 import io
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data.files import atomic_write
 from models import build
 from utils import UserError, checkpoint
 
@@ -375,6 +378,39 @@ def test_ctrl_c_while_writing_is_ctrl_c(path, monkeypatch, writes):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, content())
     assert path.read_bytes() == before
+
+
+def test_ctrl_c_waits_for_the_file(path, monkeypatch):
+    """Pressed while torch writes, and right after the renaming: the new file is whole, then it is the interruption."""
+    checkpoint.save(path, content())
+    for number, (module, name) in enumerate(((torch, "save"), (os, "replace"))):
+        call = getattr(module, name)
+
+        def pressed(*arguments, call=call):
+            signal.raise_signal(signal.SIGINT)
+            call(*arguments)
+            signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as context:
+            context.setattr(module, name, pressed)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.save(path, content(args={"number": number}))
+        assert checkpoint.load(path)["args"] == {"number": number}
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_ctrl_c_after_the_renaming_is_no_other_error(tmp_path, monkeypatch):
+    """Of a file that is no checkpoint: the new content is there, and what comes out is the interruption."""
+    replace = os.replace
+
+    def pressed(*names):
+        replace(*names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", pressed)
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file", "w") as file:
+        file.write("new")
+    assert (tmp_path / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("error", (pickle.PicklingError("opaque"), RuntimeError("opaque")), ids=repr)

@@ -6,7 +6,10 @@ schedule, rng, position, history, best.
 """
 
 import pickle
+import signal
+import threading
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,13 +24,29 @@ FORMAT, BEFORE = 3, 2
 PARTS = ("config", "vocabulary", "weights")
 
 
+@contextmanager
+def undisturbed():
+    """Ctrl-C waits for the end of the `with`: torch's writer, interrupted, may end the process without a word."""
+    if threading.current_thread() is not threading.main_thread():  # it does not come there
+        yield
+        return
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *given: pressed.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed and callable(before):
+            before(*pressed[0])
+
+
 def save(path, checkpoint):
-    """Write a checkpoint; `path` holds the old file or the whole new one, never a part.
+    """Write a checkpoint; `path` holds the old file or the whole new one, never a part. Ctrl-C counts afterwards.
 
     Raises UserError when it can't be written (full disk, no folder, no permission).
     """
     try:
-        with atomic_write(path) as file:
+        with undisturbed(), atomic_write(path) as file:
             torch.save({"format": FORMAT, **checkpoint}, file)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
