@@ -18,9 +18,10 @@ def step_linear(weight, bias=None):
 
     weight (N, K), bias (N,) or None; the function takes x (..., K) and returns (..., N). Under autocast it computes in
     its type. When a gradient will be asked for, the weight is converted and packed once for all steps, backwards, too,
-    and its own gradient is one product over all steps instead of one a step. Values are those of functional.linear.
+    and its own gradient is one product over all steps instead of one a step. Values are those of functional.linear,
+    which is all that torch.compile is shown.
     """
-    if not (torch.is_grad_enabled() and weight.requires_grad):
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
         return lambda x: functional.linear(x, weight, bias)
     shared = _Shared(weight, bias)
     handle = _Collect.apply(weight, bias, shared)

@@ -341,6 +341,15 @@ def test_several_gpus_get_replicas_along_dim_1(monkeypatch):
     assert made == [((model,), {"dim": 1})]
 
 
+def passed(core, x, memory):
+    """Output, memory after, and every gradient of a pass through an RMC."""
+    core.zero_grad()
+    output, (after,) = core(x, (memory,))
+    (output.sum() + after.sum()).backward()
+    gradient, x.grad = x.grad, None
+    return [output, after, gradient, *(parameter.grad.clone() for parameter in core.parameters())]
+
+
 def test_graphs_are_replayed_where_they_fit(monkeypatch):
     """One is recorded for each shape of a window, some shapes at most; results, gradients and states are the core's."""
     torch.manual_seed(0)
@@ -352,18 +361,12 @@ def test_graphs_are_replayed_where_they_fit(monkeypatch):
         return lambda *parts: replayed.append(1) or module(*parts)
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    monkeypatch.setattr(runtime, "GRAPHS", 2)
+    monkeypatch.setattr(runtime, "SHAPES", 2)
     plain = copy.deepcopy(core)
     runtime.graph(core)
     for steps in (7, 7, 3, 5, 7, 3):
         given = torch.randn(steps, 2, 5, requires_grad=True), torch.randn(1, 2, 6)
-        outputs = []
-        for each in (core, plain):
-            output, (memory,) = each(given[0], given[1:])
-            (output.sum() + memory.sum()).backward()
-            outputs.append([output, memory, given[0].grad.clone(), *(p.grad.clone() for p in each.parameters())])
-            given[0].grad = None
-        for one, two in zip(*outputs, strict=True):
+        for one, two in zip(*(passed(each, *given) for each in (core, plain)), strict=True):
             assert torch.equal(one, two)
     assert recorded == [((7, 2, 5), (1, 2, 6)), ((3, 2, 5), (1, 2, 6))] and len(replayed) == 5
     with torch.no_grad():
@@ -371,6 +374,29 @@ def test_graphs_are_replayed_where_they_fit(monkeypatch):
     core.eval()
     core(given[0], given[1:])
     assert len(replayed) == 5
+
+
+def test_compiled_passes(monkeypatch):
+    """What torch.compile makes of an RMC's training passes gives the same output, memory and gradients as the loop."""
+    torch.manual_seed(0)
+    core, compiled_shapes = RMC(5, headsize=3, numheads=2), []
+    plain, compile_really = copy.deepcopy(core), torch.compile
+
+    def compile_seen(forward, **settings):
+        made = compile_really(forward, **settings)
+        return lambda x, state: compiled_shapes.append(x.shape) or made(x, state)
+
+    monkeypatch.setattr(torch, "compile", compile_seen)
+    runtime.compile_passes(core)
+    given = torch.randn(2, 3, 5, requires_grad=True), torch.randn(1, 3, 6)
+    for one, two in zip(*(passed(each, *given) for each in (core, plain)), strict=True):
+        torch.testing.assert_close(one, two)
+    core.eval()
+    core(given[0], given[1:])
+    assert compiled_shapes == [(2, 3, 5)]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler is not there"):
+        runtime.compile_passes(core)
 
 
 def test_tf32_is_asked_for(gpu, settings):

@@ -89,6 +89,7 @@ def test_cutoffs_are_derived_and_said(tiny_corpus, capsys):
         (["--memslots", "0"], ["--memslots"]),
         (["--cuda-graphs"], ["--cuda-graphs", "give --cuda"]),
         (["--cuda-graphs", "--cuda", "--amp", "bf16"], ["no --amp"]),
+        (["--compile", "--variable-bptt"], ["--compile", "give --no-variable-bptt"]),
     ],
     ids=str,
 )

@@ -215,6 +215,9 @@ def add_training(parser):
     group.add_argument(
         "--cuda-graphs", action="store_true", help="record the core's passes on a GPU and replay them, one launch each"
     )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the core's passes by torch.compile, which unrolls its loops"
+    )
 
 
 def add_compression(parser):
@@ -245,16 +248,21 @@ def epochs_window(text):
     return window
 
 
-def add_run(parser):
-    """Where results go, how often, when to stop."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--name", help="of the run folder; date and time if not given")
-    group.add_argument(
+def add_runs_dir(parser):
+    """Where run folders are."""
+    parser.add_argument(
         "--runs-dir",
         default=os.environ.get("RECURRENT_LM_RUNS", "runs"),
         metavar="DIR",
         help="holds the run folders; RECURRENT_LM_RUNS sets another default",
     )
+
+
+def add_run(parser):
+    """Where results go, how often, when to stop."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--name", help="of the run folder; date and time if not given")
+    add_runs_dir(group)
     group.add_argument("--save", default="./model.pt", metavar="PATH", help="also holds the best checkpoint")
     group.add_argument(
         "--resume",

@@ -65,10 +65,11 @@ def _fit(args, corpus, config, resumed, device, machine):
         return report.say(summary_text(model, args.summary))
     processes = Processes(device)
     replicas, parts = runtime.data_parallel(model, device)
-    if args.cuda_graphs:
+    if args.cuda_graphs or args.compile:
         if parts * processes.size > 1:
-            raise UserError("--cuda-graphs is for one GPU: choose it by CUDA_VISIBLE_DEVICES, without torchrun")
-        runtime.graph(model.core)
+            flag = "--compile" if args.compile else "--cuda-graphs"
+            raise UserError(f"{flag} is for one device: choose a GPU by CUDA_VISIBLE_DEVICES, without torchrun")
+        (runtime.compile_passes if args.compile else runtime.graph)(model.core)
     if processes.size > 1:
         replicas, parts = processes.replicate(model), processes.size
     stream = columns(corpus.train, args.batch_size)

@@ -73,6 +73,8 @@ def _settle(parser, given, args, recipe):
         args.bptt_max = args.bptt_max or args.bptt + 10
     if args.cuda_graphs and (not args.cuda or args.amp != "off" or args.variable_bptt):
         parser.error("--cuda-graphs takes windows of one length in float32: give --cuda, --no-variable-bptt, no --amp")
+    if args.compile and (args.cuda_graphs or args.variable_bptt):
+        parser.error("--compile takes windows of one length, without --cuda-graphs: give --no-variable-bptt for it")
     if args.compress and args.sparsity:
         parser.error("--compress and --sparsity exclude each other: a file describes all of its pruning")
     if "prune_epochs" in given and not args.sparsity:
@@ -141,11 +143,19 @@ def load_corpus(args):
     Raises CorpusError, and ModelError for cutoffs that do not fit the vocabulary.
     """
     corpus = Corpus.load(find_corpus(args.data), args.vocab, args.vocab_size, notice=report.say)
-    words = len(corpus.vocabulary)
+    settle_cutoffs(args, len(corpus.vocabulary))
+    if args.cutoffs is not None:
+        kind = "adaptive" if args.adaptivesoftmax else "split"
+        report.say(f"{kind} softmax: cutoffs {' '.join(map(str, args.cutoffs))}")
+    return corpus
+
+
+def settle_cutoffs(args, words):
+    """Derive --cutoffs from the size of a vocabulary where they are to be and were not given.
+
+    Raises ModelError for cutoffs that do not fit it.
+    """
     if args.cutoffs is None and (args.adaptivesoftmax or args.splitcross):
         args.cutoffs = default_cutoffs(words) if args.adaptivesoftmax else split_cutoffs(words)
     if args.cutoffs is not None:
         check_cutoffs(args.cutoffs, words)
-        kind = "adaptive" if args.adaptivesoftmax else "split"
-        report.say(f"{kind} softmax: cutoffs {' '.join(map(str, args.cutoffs))}")
-    return corpus

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 import warnings
@@ -81,8 +82,8 @@ def use_tf32(wanted):
     warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
 
 
-GRAPHS = 8
-"""Shapes of windows that graph records; others are computed as they come."""
+SHAPES = 8
+"""Shapes of windows that graph and compile_passes prepare; others are computed as they come."""
 
 
 class Passes(torch.nn.Module):
@@ -104,17 +105,44 @@ def graph(core):
     A loop over time in Python starts thousands of kernels a window; a replayed graph is one launch. In float32, on one
     GPU. Not proven on a GPU but for what tests/test_gpu.py says.
     """
-    eager, recorded = core.forward, {}
+    eager = core.forward
+
+    def record(x, state):
+        sample = x.detach().clone().requires_grad_(x.requires_grad), *(part.detach().clone() for part in state)
+        replay = torch.cuda.make_graphed_callables(Passes(core, eager), sample)
+
+        def forward(x, state):
+            output, *after = replay(x, *state)
+            return output, tuple(after)
+
+        return forward
+
+    _prepare(core, record)
+
+
+def compile_passes(core):
+    """Compile a core's training passes by torch.compile, for each shape of a window when it first comes.
+
+    A loop over time is unrolled: of a hundred steps that takes a minute or more. On a CPU the kernels of
+    models/compiled.py stay out of what is compiled. Raises UserError where there is no compiler for C++.
+    """
+    compiler, eager = os.environ.get("CXX", "g++"), core.forward
+    if not shutil.which(compiler):
+        raise UserError(f"--compile needs a C++ compiler, and {compiler} is not there: install it, or name one in CXX")
+    _prepare(core, lambda x, state: torch.compile(eager, dynamic=False))
+
+
+def _prepare(core, make):
+    """From now on a core's training passes are what make(x, state) gives when a shape of x (T, B, E) first comes."""
+    eager, made = core.forward, {}
 
     def forward(x, state):
-        known = x.shape in recorded
-        if not (core.training and torch.is_grad_enabled()) or not (known or len(recorded) < GRAPHS):
+        known = x.shape in made
+        if not (core.training and torch.is_grad_enabled()) or not (known or len(made) < SHAPES):
             return eager(x, state)
         if not known:
-            sample = x.detach().clone().requires_grad_(x.requires_grad), *(part.detach().clone() for part in state)
-            recorded[x.shape] = torch.cuda.make_graphed_callables(Passes(core, eager), sample)
-        output, *after = recorded[x.shape](x, *state)
-        return output, tuple(after)
+            made[x.shape] = make(x, state)
+        return made[x.shape](x, state)
 
     core.forward = forward
 
