@@ -1,19 +1,28 @@
-"""Tables from run records, and the speed of training steps."""
+"""The tables of published results, from runs of ours, and the speed of all of it."""
 
+import shlex
 import sys
 from pathlib import Path
 
 from data.corpus import SPLITS
-from utils import UserError, cli, compressed, measurements, program, report
-from utils.tables import scores_text, seeds_text, table_text
+from utils import UserError, ahead, cli, compressed, measurements, plans, program, report, scaling
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def table(args):
-    """Copy the run records given to results/NAME/ and render all that are there between markers in results/NAME.md."""
-    folder = args.results / args.name
-    records = {path.stem: report.read_record(path) for path in sorted(folder.glob("*.json"))}
+    """Train what a published table needs and has not (--list), or add the runs given to any; render results/NAME.md.
+
+    Records are kept in results/NAME/. Ctrl-C ends the training that is under way, the same command goes on with it.
+    """
+    if args.list:
+        report.say(plans.listing())
+        return
+    if args.name is None:
+        raise UserError("table: expected the name of a table, got none; --list shows those that are planned")
+    if args.name in plans.PLANS and not args.runs:
+        plans.make(args)
+        return
     added = {}
     for run in map(Path, args.runs):
         path = run / "run.json" if run.is_dir() else run
@@ -21,20 +30,15 @@ def table(args):
         if not record["results"]:
             raise UserError(f"{path} has no results: the run has not ended (status {record['status']})")
         added[record["name"]] = record
-    records |= added
-    if not records:
-        raise UserError(f"{folder} holds no run records: name run folders, python benchmark.py table {args.name} RUN")
-    trained, scored = [], []
-    for name in sorted(records):
-        (trained if records[name]["kind"] == "training" else scored).append(records[name])
-    parts = [(seeds_text if args.seeds else table_text)(trained)] if trained else []
-    text = "\n\n".join(parts + ([scores_text(scored)] if scored else []))
-    page = args.results / f"{args.name}.md"
-    folder.mkdir(parents=True, exist_ok=True)
-    (report.replace_between if page.exists() else measurements.put_on_page)(page, args.name, text)
-    for name, record in added.items():
-        report.write_record(folder / f"{name}.json", record)
-    report.say(f"| {len(records)} rows in {page}")
+    plans.render(args.name, args.results, added, args.differences)
+
+
+def peers(args):
+    """Run every measurement that a peer can be compared in, beside the peers whose checkouts are there; sum up."""
+    for name, argv in ahead.commands(args):
+        report.say(f"| {name} | {shlex.join(['python', 'benchmark.py', *argv])}")
+        main(argv)
+    ahead.summary(args.results)
 
 
 def build_parser():
@@ -47,10 +51,18 @@ def build_parser():
         command.set_defaults(call=call)
         return command
 
-    command = add(table, "run records to a markdown table")
-    command.add_argument("name", help="of the table")
+    command = add(table, "published tables, trained; run records to a markdown table")
+    command.add_argument("name", nargs="?", help="of the table")
     command.add_argument("runs", nargs="*", metavar="RUN", help="run folders or run records to add")
-    command.add_argument("--seeds", action="store_true", help="a row for runs that differ in their seeds only")
+    command.add_argument(
+        "--differences", action="store_true", help="a row for runs that differ in their seeds only, named by flags"
+    )
+    command.add_argument("--list", action="store_true", help="the planned tables, what their rows train, and end")
+    command.add_argument("--only", nargs="+", metavar="ROW", help="rows of a planned table; all if not given")
+    command.add_argument("--seeds", type=cli.positive_int, default=1, metavar="N", help="random seeds of each row")
+    command.add_argument("--budget", type=cli.positive, metavar="MINUTES", help="most minutes of each training")
+    command.add_argument("--cuda", action="store_true", help="train on the GPU")
+    cli.add_runs_dir(command)
     command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where tables and records are")
     command = add(measurements.memory, "peak memory of training steps")
     add_choice(command)
@@ -69,6 +81,29 @@ def build_parser():
     command.add_argument("--epochs", type=cli.positive_int, default=1, help="passes over them")
     command.add_argument("--seeds", type=cli.positive_int, default=2, help="random seeds, from 1")
     add_record(command)
+    command = add(peers, "all of it beside every peer")
+    command.add_argument(
+        "--from", dest="source", default="..", metavar="DIR", help="folder of the peers' checkouts, see the README"
+    )
+    command.add_argument("--only", nargs="+", choices=ahead.RUNS, help="measurements; all if not given")
+    command.add_argument("--data", default="wikitext-2", help="corpus of evaluation and load")
+    command.add_argument("--quick", action="store_true", help="one round of each")
+    command.add_argument("--threads", type=cli.positive_int, metavar="N", help="processor threads")
+    command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where records and tables are")
+    command = add(measurements.generate, "time generated words")
+    add_choice(command)
+    command.add_argument("--words", type=cli.positive_int, default=1000, metavar="N", help="of each text")
+    add_rounds(command)
+    add_record(command)
+    command = add(scaling.scaling, "what steps cost as sizes grow")
+    command.add_argument(
+        "--axes", nargs="+", choices=(*scaling.AXES, scaling.SPARSE, scaling.PROCESSES), help="all if not given"
+    )
+    command.add_argument("--quick", action="store_true", help="the ends of each axis only")
+    command.add_argument("--vocab-size", type=cli.number(int, 3), default=10000, help="words, but on that axis")
+    command.add_argument("--data", default="pydocs", help="corpus that torchrun's processes train on")
+    add_rounds(command)
+    add_record(command)
     command = add(measurements.profile, "where a training step's time goes")
     add_choice(command)
     command.add_argument("--warmup", type=cli.positive_int, default=3, help="steps before")
@@ -77,6 +112,7 @@ def build_parser():
     command = add(measurements.layers, "time the QRNN's recurrence and layer")
     command.add_argument("--qrnn", metavar="DIR", help="checkout of salesforce/pytorch-qrnn, measured beside ours")
     command.add_argument("--log-qrnn", metavar="DIR", help="checkout of LGirrbach/PyTorch-QRNN, measured beside ours")
+    command.add_argument("--sru", metavar="DIR", help="checkout of asappresearch/sru, measured beside ours")
     add_rounds(command)
     add_record(command)
     command = add(compressed.products, "time products, compressed and not")
@@ -122,10 +158,13 @@ def build_parser():
 
 def add_choice(parser, made_up=True):
     """What to measure, beside whom; made_up: of words that are drawn."""
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="candidates whose name has one of these words")
+    parser.add_argument(
+        "--only", "--families", nargs="+", metavar="WORD", help="candidates whose name has one of these words"
+    )
     if made_up:
         parser.add_argument("--vocab-size", type=cli.number(int, 3), default=33278, help="words; WikiText-2 has 33278")
     parser.add_argument("--awd", metavar="DIR", help="checkout of salesforce/awd-lstm-lm, measured beside ours")
+    parser.add_argument("--fastai", metavar="DIR", help="folder that fastai was installed into, measured beside ours")
     parser.add_argument("--martyn", metavar="DIR", help="checkout of a-martyn/awd-lstm, measured beside ours")
     parser.add_argument("--qrnn", metavar="DIR", help="checkout of salesforce/pytorch-qrnn, for --awd's QRNN")
     add_port(parser)

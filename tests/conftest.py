@@ -103,7 +103,9 @@ def fails(capsys, monkeypatch):
             program.run(main)
         error = capsys.readouterr().err
         assert exit_info.value.code == code
-        assert error.count("\n") == 1 and re.match(r"script\.py( speed| prune| quantize)?: error: ", error), error
+        assert error.count("\n") == 1 and re.match(r"script\.py( speed| prune| quantize| peers)?: error: ", error), (
+            error
+        )
         return error
 
     return call
@@ -166,3 +168,17 @@ def settings():
     compiled.use(True)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(not kept)
+
+
+def cells(text):
+    """The rows of a markdown table, {column: cell}; the line below the header is left out."""
+    header, rule, *rows = [
+        line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.strip().splitlines()
+    ]
+    assert all(set(cell) <= {":", "-"} for cell in rule)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def files(folder):
+    """Path and bytes of all that is in a folder."""
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}

@@ -1,231 +1,21 @@
-"""Tables are what their records say, again and again; speed is measured as it says."""
+"""Speed, memory and quality are measured as benchmark.py says."""
 
 import copy
 import importlib
-import json
-import shutil
+from argparse import Namespace
 from functools import partial
 
 import pytest
 import torch
-from conftest import InProcess
+from conftest import InProcess, cells, files
 
 import benchmark
+import train_rmc
 from data import Corpus
 from models import build
-from utils import UserError, measurements, parsing, report, tables, workers
+from utils import UserError, measurements, parsing, report, scaling, tables, workers
 
-PAGE = "# Small\n\nbefore\n\n<!-- small -->\n{}<!-- /small -->\n\nafter\n"
 SMALL = "--emsize 11 --nhid 11 --batch-size 7 --bptt 13"
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A results folder with a page whose table is empty."""
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "small.md").write_text(PAGE.format(""), encoding="utf-8")
-    return tmp_path / "results"
-
-
-@pytest.fixture
-def table(place):
-    """table(*RUNS): the page's cells by column after benchmark.py table small RUNS."""
-
-    def call(*runs):
-        benchmark.main(["table", "small", *map(str, runs), "--results", str(place)])
-        page = (place / "small.md").read_text(encoding="utf-8")
-        before, after = PAGE.split("{}")
-        assert page.startswith(before) and page.endswith(after)
-        return cells(page[len(before) : -len(after)])
-
-    return call
-
-
-def cells(text):
-    """The rows of a markdown table, {column: cell}; the line below the header is left out."""
-    header, rule, *rows = [
-        line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.strip().splitlines()
-    ]
-    assert all(set(cell) <= {":", "-"} for cell in rule)
-    return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-@pytest.fixture
-def run(tiny_run, tmp_path):
-    """run(NAME, CHANGE): a run folder like tiny_run's, of another name, whose record CHANGE was called on."""
-
-    def make(name, change=lambda record: None):
-        record = json.loads((tiny_run / "run.json").read_text())
-        record["name"] = name
-        change(record)
-        (tmp_path / name).mkdir()
-        report.write_record(tmp_path / name / "run.json", record)
-        return tmp_path / name
-
-    return make
-
-
-def files(folder):
-    """Path and bytes of all that is in a folder."""
-    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
-def made_up(record):
-    record.update(minutes=12.34, ms_per_batch=71.6, forward_ms_per_batch=23.4, peak_memory_mib=1234.5, epochs=37)
-    record["results"]["valid"]["perplexity"] = 123.456
-    record["results"]["test"]["perplexity"] = 98.765
-    record["environment"].update(device="cpu (Imaginary)", threads=3, commit="0123456789abcdef-dirty")
-    record.update(command="python train_rnn.py --tied")
-
-
-def test_a_row_is_what_the_record_says(table, run, place):
-    """Every cell; the record is copied as it is."""
-    folder = run("mine", made_up)
-    assert table(folder) == [
-        {
-            "model": "LSTM 1x11 tied",
-            "parameters": f"{29 * 11 + 4 * 11 * (11 + 11 + 2) + 29:,}",
-            "corpus": "tiny",
-            "recipe": "port",
-            "epochs": "37",
-            "minutes": "12.3",
-            "valid ppl": "123.46",
-            "test ppl": "98.77",
-            "forward ms": "23",
-            "ms/batch": "72",
-            "peak MiB": "1234",
-            "device": "cpu (Imaginary), 3 threads",
-            "command": "`python train_rnn.py --tied`",
-            "commit": "0123456789ab",
-        }
-    ]
-    assert (place / "small" / "mine.json").read_bytes() == (folder / "run.json").read_bytes()
-
-
-def better(record):
-    record["results"]["test"]["perplexity"] = 1.5
-    record["model"]["core"].update(model="GRU", nlayers=2, nhid=31, loop=True)
-    record["model"].update(tied=False, parameters=1234567)
-    record["environment"]["commit"] = None
-
-
-def test_a_compressed_model_is_called_so():
-    """How it was pruned and quantized, in the name that tables show."""
-    core = {"model": "LSTM", "nlayers": 2, "nhid": 17, "loop": False}
-    model = {"family": "rnn", "core": core, "tied": True, "parameters": 1000, "pruned": 0}
-    assert tables.model_name(model) == "LSTM 2x17 tied"
-    assert tables.model_name({**model, "pruned": 804}) == "LSTM 2x17 tied, 80.4% pruned"
-    assert tables.model_name({**model, "native": True}) == "LSTM 2x17 tied, native"
-    settings = {"mode": "asymmetric", "per_channel": True, "clip": "avg", "weight_bits": 8, "activation_bits": 7}
-    named = [tables.model_name({**model, "quantization": settings | {"fp16": fp16}}) for fp16 in ([], ["a", "b"])]
-    assert named[0] == "LSTM 2x17 tied, 8/7 bits asymmetric per channel clip avg"
-    assert named[1] == f"{named[0]} float16 a,b"
-
-
-def test_the_best_test_perplexity_comes_first(table, tiny_run, run):
-    """Runs are added to those that are there; a run of the same name takes the place of the old one."""
-    worse = run("worse", lambda record: record["results"]["test"].update(perplexity=1234.567))
-    assert [row["test ppl"] for row in table(worse)] == ["1234.57"]
-    rows = table(tiny_run, run("better", better))
-    assert [row["model"] for row in rows] == ["GRU 2x31 loop", "LSTM 1x11 tied", "LSTM 1x11 tied"]
-    assert [rows[0][column] for column in ("parameters", "test ppl", "commit")] == ["1,234,567", "1.50", ""]
-    assert rows[2]["test ppl"] == "1234.57"
-    shutil.rmtree(worse)
-    again = table(run("worse", lambda record: record["results"]["test"].update(perplexity=1.25)))
-    assert [row["test ppl"] for row in again] == ["1.25", "1.50", rows[1]["test ppl"]]
-
-
-def test_seeds_side_by_side(run, place):
-    """Runs whose commands differ in seed and name only share a row; rows are named by what is not common to all."""
-
-    def trained(flags, seed, test):
-        def change(record):
-            record["command"] = f"python train_awd.py --nhid 5 {flags}--seed {seed} --epochs 3 --name a-{seed}"
-            record["config"]["seed"] = seed
-            record["results"]["test"].update(perplexity=test, epoch=2 * seed)
-
-        return run(f"{flags.strip(' -').replace(' ', '-')}{seed}", change)
-
-    runs = [
-        trained("--wdrop 0 ", 2, 132.0),
-        trained("", 1, 99.0),
-        trained("", 2, 101.0),
-        trained("--wdrop 0 ", 1, 128.0),
-    ]
-    benchmark.main(["table", "small", *map(str, runs), "--seeds", "--results", str(place)])
-    page = (place / "small.md").read_text(encoding="utf-8")
-    assert "`python train_awd.py --nhid 5 --epochs 3 --seed SEED`" in page
-    rows = cells(page[page.index("| what differs") :].split("<!--")[0])
-    assert [row["what differs"] for row in rows] == ["nothing", "`--wdrop 0`"]
-    assert [row["test ppl"] for row in rows] == ["99.00 101.00", "128.00 132.00"]
-    assert [row["times the first row's"] for row in rows] == ["1.000", "1.300"]
-    assert rows[1]["seeds"] == "1 2" and rows[1]["best epoch"] == "2 4"
-
-
-def test_rendering_again_changes_nothing(table, tiny_run, run, place):
-    """Byte for byte, ties too: from the records alone, from the runs in another order, by folder and by file."""
-    runs = [tiny_run, run("better", better), run("again", lambda record: record["model"].update(parameters=3))]
-    rows = table(*runs)
-    before = files(place)
-    for again in ((), runs[::-1], [path / "run.json" for path in runs]):
-        assert table(*again) == rows
-        assert files(place) == before
-
-
-def test_a_page_is_made_where_there_is_none(table, tiny_run, place):
-    """With markers, so that it can be rendered again; one without markers is left alone."""
-    rows = table(tiny_run)
-    (place / "small.md").unlink()
-    for _ in range(2):
-        benchmark.main(["table", "small", "--results", str(place)])
-        text = (place / "small.md").read_text(encoding="utf-8")
-        assert cells(text.split("<!-- small -->\n")[1].split("<!-- /small -->")[0]) == rows
-    (place / "small.md").write_text("written by hand\n")
-    with pytest.raises(UserError, match=r"small\.md needs the lines <!-- small --> and <!-- /small -->"):
-        benchmark.main(["table", "small", "--results", str(place)])
-    assert (place / "small.md").read_text() == "written by hand\n"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    (
-        (lambda record: record.update(results={}, status="running"), "no results.*running"),
-        (lambda record: record["results"]["valid"].update(batch_size=3), "batch 1"),
-        (lambda record: record.update(format=999), "no run record"),
-    ),
-    ids=("no results", "columns", "format"),
-)
-def test_a_refused_run_leaves_everything_as_it_was(table, tiny_run, run, place, change, message):
-    """Records and page; so the table can be rendered again without it."""
-    rows = table(tiny_run)
-    before = files(place)
-    with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
-        table(run("better", better), run("refused", change))
-    assert files(place) == before
-    assert table() == rows
-
-
-def test_nothing_to_render_is_refused(script, run, place, tmp_path):
-    """No records yet, or a run that has not ended: exit code 2 and one line."""
-    with pytest.raises(UserError, match=r"^[^\n]*no run records[^\n]*table small RUN$"):
-        benchmark.main(["table", "small", "--results", str(place)])
-    unended = run("unended", lambda record: record.update(results={}))
-    done = script("benchmark.py", "table", "small", unended, tmp_path / "gone", "--results", place)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and str(unended) in done.stderr
-    assert (place / "small.md").read_text(encoding="utf-8") == PAGE.format("")
-
-
-def test_the_tables_of_this_repository_are_what_their_records_say(tmp_path):
-    """Each page in results/ that has records, rendered again in a copy, is the same byte for byte."""
-    pages = [page for page in sorted(benchmark.RESULTS.glob("*-penn.md")) if list(page.with_suffix("").glob("*.json"))]
-    assert len(pages) >= 2
-    for page in [*pages, benchmark.RESULTS / "awd-ablation.md"]:
-        shutil.copytree(page.with_suffix(""), tmp_path / page.stem)
-        shutil.copy(page, tmp_path)
-        by_seed = [] if page in pages else ["--seeds"]
-        benchmark.main(["table", page.stem, "--results", str(tmp_path), *by_seed])
-        assert (tmp_path / page.name).read_bytes() == page.read_bytes(), page.name
 
 
 @pytest.fixture
@@ -361,6 +151,73 @@ def test_memory_prints_a_row_a_candidate(candidates, capsys):
     parameters = 5003 * 12 + 4 * 11 * (11 + 11 + 2)
     assert (row["model"], row["parameters"]) == ("LSTM, port", f"{parameters:,}")
     assert float(row.popitem()[1]) > 0
+
+
+def test_generate_times_words(candidates, capsys, tmp_path, monkeypatch):
+    """A row a candidate, the weights that a word needs, and the peer's time over ours in each round."""
+    monkeypatch.setattr(measurements, "Worker", partial(InProcess, kind=workers.Candidate))
+    place = ["--record", "g", "--results", str(tmp_path), "--threads", "1"]
+    flags = ["--rounds", "2", "--warmup", "1", "--words", "5", "--vocab-size", "5003"]
+    benchmark.main(["generate", "--only", "LSTM, port", *flags, *place])
+    record = report.read_record(tmp_path / "speed" / "g.json")
+    (row,) = record["rows"]
+    assert len(row["ms"]) == len(row["reading_ms"]) == 2 and min(row["ms"] + row["reading_ms"]) > 0
+    assert row["weights_mib"] == pytest.approx((5003 * 12 + 4 * 11 * 24) / 2**18)  # tied: the embedding is the head
+    peer = {"name": "port-rnn (LSTM, port)", "ms": [3 * taken for taken in row["ms"]]}
+    text = tables.generate_text({**record, "rows": [row, peer]})
+    assert "3.00 (3.00 to 3.00)" in text and "5 words in one column" in text
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """Small sizes on two axes, and the others in this process."""
+    lstm = ("train_rnn", f"--recipe port {SMALL}")
+    untied = ("train_rnn", f"--recipe port {SMALL} --no-tied --adaptivesoftmax")
+    found = {
+        "batch": scaling.Axis("--batch-size", (3, 5, 7), {"LSTM": lstm}),
+        "vocabulary": scaling.Axis("", (31, 101), {"LSTM": lstm, "adaptive": untied}),
+    }
+    monkeypatch.setattr(scaling, "AXES", found)
+    monkeypatch.setattr(scaling, "SPARSE_SIZES", (3, 17, 23))
+    monkeypatch.setattr(scaling, "Worker", lambda *args, kind=workers.Candidate: InProcess(*args, kind=kind))
+
+
+def test_scaling(axes, monkeypatch, capsys, tmp_path):
+    """A row a value with its floor, on every axis; kept, rendered, drawn; --quick takes the ends."""
+    monkeypatch.setattr(scaling, "train_by", lambda count, args: 60.0 / count**0.5)
+    flags = ["--rounds", "3", "--warmup", "1", "--threads", "1", "--results", str(tmp_path)]
+    benchmark.main(["scaling", *flags, "--record", "s"])
+    record = report.read_record(tmp_path / "speed" / "s.json")
+    found = [(row["axis"], row["name"], row["value"]) for row in record["rows"]]
+    assert found[:5] == [("batch", "LSTM", 3), ("batch", "LSTM", 5), ("batch", "LSTM", 7),
+                         ("vocabulary", "LSTM", 31), ("vocabulary", "LSTM", 101)]  # fmt: skip
+    assert [value for axis, _, value in found if axis == "zeros"] == [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+    assert all(len(row["ms"]) == 3 and min(row["ms"]) > 0 and row["floor_ms"] > 0 for row in record["rows"])
+    assert (tmp_path / "speed" / "s.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert tables.scaling_text(record) in (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert "| RMC, times an equal share of one process's | 1.00 | 1.41 |" in out
+    benchmark.main(["scaling", *flags, "--quick", "--axes", "batch", "zeros"])
+    out = capsys.readouterr().out
+    assert "| batch | 3 | 7 |" in out and "| zeros | 0.5 | 0.95 |" in out and "vocabulary" not in out
+
+
+def test_the_command_of_several_processes(monkeypatch, tiny_corpus):
+    """torchrun's words name a training that runs; its milliseconds a batch come back; a failure is one line."""
+
+    def run(command, **settings):
+        script = next(number for number, word in enumerate(command) if word.endswith("train_rmc.py"))
+        assert command[1:script] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        train_rmc.main([*command[script + 1 :], "--headsize", "3", "--numheads", "2", "--emsize", "7"])
+        return Namespace(returncode=0)
+
+    args = Namespace(data=str(tiny_corpus), quick=True, amp="off")
+    monkeypatch.setattr(scaling, "subprocess", Namespace(run=run))
+    assert scaling.train_by(2, args) > 0
+    failed = Namespace(returncode=1, stderr="no port\n")
+    monkeypatch.setattr(scaling, "subprocess", Namespace(run=lambda command, **settings: failed))
+    with pytest.raises(UserError, match=r"^torchrun of 2 processes ended with 1: no port$"):
+        scaling.train_by(2, args)
 
 
 def test_profile_lists_the_longest_operations(candidates, capsys, tmp_path):

@@ -1,5 +1,6 @@
 """What benchmark.py measures of recurrences and layers; peers are stood in for by files of the same names."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -41,6 +42,19 @@ class QRNNLayer(torch.nn.Module):
         c = ForgetMult()(f.sigmoid(), z.tanh(), hidden, use_cuda=self.use_cuda)
         return o.sigmoid() * c, c[-1:]
 """
+SRU = """
+from torch import nn
+
+class SRU(nn.Module):
+    def __init__(self, input_size, hidden_size, num_layers):
+        super().__init__()
+        assert num_layers == 1
+        self.linear = nn.Linear(input_size, hidden_size)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h, h[-1:]
+"""
 LOG = """
 import torch
 from torch import nn
@@ -71,10 +85,14 @@ pytestmark = pytest.mark.usefixtures("settings")
 @pytest.fixture
 def seeds(tmp_path, monkeypatch):
     """Checkouts of both seeds with the same arithmetic written anew; small sizes."""
-    for name, text in (("torchqrnn/forget_mult.py", FORGET_MULT), ("torchqrnn/qrnn.py", QRNN), ("qrnn_layer.py", LOG)):
+    files = {"torchqrnn/forget_mult.py": FORGET_MULT, "torchqrnn/qrnn.py": QRNN, "qrnn_layer.py": LOG}
+    files |= {"sru/__init__.py": SRU, "sru/modules.py": ""}
+    for name, text in files.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "sru", raising=False)
     monkeypatch.setattr(measurements, "RECURRENCES", ((5, 3, 7),))
     monkeypatch.setattr(measurements, "LAYERS", ((5, 3, 7, 11, 1),))
     return tmp_path
@@ -84,7 +102,7 @@ def args(*flags):
     return benchmark.build_parser().parse_args(["layers", "--threads", str(torch.get_num_threads()), *flags])
 
 
-@pytest.mark.parametrize("way", (*BACKENDS, *measurements.SEEDS))
+@pytest.mark.parametrize("way", (*BACKENDS, "pytorch-qrnn", "log-space QRNN"))
 def test_every_recurrence_is_the_same(way, seeds):
     """And one that is not is told by its difference."""
     measured = layers.Recurrence(way, (5, 3, 7), seeds, args())
@@ -106,6 +124,8 @@ def test_every_layer_is_the_same(way, seeds):
 
 
 def test_seeds_need_checkouts(tmp_path):
+    with pytest.raises(UserError, match="name a checkout of asappresearch/sru"):
+        layers.Layer("SRU", (5, 3, 7, 11, 1), tmp_path, args())
     for way, message in (("pytorch-qrnn", "--qrnn"), ("log-space QRNN", "--log-qrnn")):
         with pytest.raises(UserError, match=f"^{message} names no checkout"):
             layers.Recurrence(way, (5, 3, 7), None, args())

@@ -1,5 +1,7 @@
 """Weights of ours under a peer's names give its model our loss; checkouts that are none are refused."""
 
+import sys
+
 import pytest
 import torch
 
@@ -73,7 +75,9 @@ class RelationalMemory(nn.Module):
     def initial_state(self, batch, trainable):
         return torch.zeros(batch, 1)
 
-    def forward(self, tokens, memory, targets):
+    def forward(self, tokens, memory, targets, require_logits=False):
+        if require_logits:
+            return self.token_to_input_encoder(tokens).sum() + torch.zeros(1, 13), None, memory
         assert tokens.shape[0] == memory.shape[0] and targets.dim() == 1
         return self.output_to_embed_decoder.weight.sum() + targets.sum(), memory
 """
@@ -111,7 +115,25 @@ def test_the_same_loss_from_the_same_weights(tmp_path, kind, file, source, flags
     peer.backward(mean)
     after, _ = peer.loss(tokens, targets, peer.state(3))
     assert after < mean
+    check_scores(peer, PEERS[kind](tmp_path, args, model), model)
     torch.testing.assert_close(model.head.weight.grad, peer.model.decoder.weight.grad)
+
+
+def check_scores(trained, peer, model):
+    """A peer with our model's weights scores next words as the model does; what it draws moves its state."""
+    model.eval()
+    peer.model.eval()
+    token, state = torch.tensor([[5]]), model.initial_state(1)
+    with torch.no_grad():
+        hidden, _ = model.hidden(token, state)
+        scores, _ = peer.scores(token, peer.state(1))
+    torch.testing.assert_close(scores.flatten().log_softmax(0), model.log_probs(hidden).flatten())
+    seen, ask = [], trained.scores
+    trained.scores = lambda token, state: seen.append((token.item(), state)) or ask(token, state)
+    trained.words(7)
+    assert len(seen) == 7 and len({token for token, _ in seen}) > 1 and trained.model.training
+    assert trained.flags.loop or str(seen[0][1]) != str(seen[-1][1])  # the port's cells start anew
+    model.train()
 
 
 def test_the_example_is_evaluated_in_windows(tmp_path):
@@ -146,6 +168,7 @@ def test_the_port_gets_every_weight(tmp_path):
     tokens, targets = torch.randint(13, (2, 5, 3))
     loss, memory = peer.loss(tokens, targets, peer.state(3))
     assert memory.shape[0] == 3
+    peer.words(3)
     before = theirs["output_to_embed_decoder.weight"].clone()
     peer.backward(loss)
     assert not theirs["output_to_embed_decoder.weight"].equal(before)
@@ -207,13 +230,13 @@ class RNNModel(nn.Module):
         zeros = [torch.zeros(1, batch, size) for size in self.sizes]
         return zeros if self.kind == "QRNN" else [(zero, zero) for zero in zeros]
 
-    def forward(self, tokens, hidden, return_h):
+    def forward(self, tokens, hidden, return_h=False):
         x, new, raw = self.encoder(tokens), [], []
         for rnn, state in zip(self.rnns, hidden):
             x, state = rnn(x, state)
             new.append(state)
             raw.append(x)
-        return x.flatten(0, 1), new, raw, raw
+        return (x.flatten(0, 1), new, raw, raw) if return_h else (x.flatten(0, 1), new)
 """
 SPLITCROSS = """
 import torch
@@ -321,6 +344,19 @@ def awd_peer(tmp_path, kind, flags):
     return args, model, PEERS[kind](checkout, args, model)
 
 
+def step_alike(args, model, peer, windows):
+    """Both take a training step on windows of these lengths with carried state: losses with regularizers are equal."""
+    optimizer = optim.build_optimizer(args, model.parameters())
+    ours, theirs, clock = model.initial_state(3), peer.state(3), runtime.Clock(torch.device("cpu"))
+    for steps in windows:
+        tokens, targets = torch.randint(13, (2, steps, 3))
+        mean, theirs = peer.loss(tokens, targets, theirs)
+        peer.backward(mean)
+        regularizer = model(tokens, targets, ours)[1]
+        loss, count, _, ours, _ = trainer.training_step(model, optimizer, tokens, targets, ours, args, clock)
+        torch.testing.assert_close(loss / count + regularizer.squeeze(), mean)
+
+
 @pytest.mark.parametrize(
     ("kind", "flags"),
     (("authors", ""), ("authors", "--wdrop 0.5"), ("authors", "--model QRNN"), ("a-martyn", "--alpha 0 --beta 0")),
@@ -330,26 +366,107 @@ def test_awd_peers_step_as_ours_and_give_their_weights_back(tmp_path, kind, flag
     """Losses of two windows of different lengths with carried state, an update each, then their weights in ours."""
     args, model, peer = awd_peer(tmp_path, kind, flags)
     assert "noise" not in capsys.readouterr().out
+    check_scores(peer, peer, model)
     if args.wdrop:
         model.eval()
         peer.model.eval()
-    optimizer = optim.build_optimizer(args, model.parameters())
-    ours, theirs, clock = model.initial_state(3), peer.state(3), runtime.Clock(torch.device("cpu"))
-    for steps in (5, 13):
-        tokens, targets = torch.randint(13, (2, steps, 3))
-        mean, theirs = peer.loss(tokens, targets, theirs)
-        peer.backward(mean)
-        regularizer = model(tokens, targets, ours)[1]
-        loss, count, _, ours, _ = trainer.training_step(model, optimizer, tokens, targets, ours, args, clock)
-        torch.testing.assert_close(loss / count + regularizer.squeeze(), mean)
-        if kind == "a-martyn":
-            break  # its matrices are two, tied no more after an update
+    step_alike(args, model, peer, (5,) if kind == "a-martyn" else (5, 13))  # its matrices are two, tied no more
     untied = build({**train_awd.model_config(args, 13), "tied": kind == "authors"})
     before = untied.head.weight.clone()
     untied.load_state_dict(peer.weights(untied))
     assert not torch.equal(untied.head.weight, before)
     for name, value in untied.core.state_dict().items():
         torch.testing.assert_close(value, model.core.state_dict()[name], msg=name)
+
+
+FASTAI = {
+    "fastai/__init__.py": "",
+    "fastai/text/__init__.py": "",
+    "fastai/text/models/__init__.py": "",
+    "fastai/text/models/awdlstm.py": """
+import torch
+from torch import nn
+
+awd_lstm_lm_config = {"emb_sz": 400, "n_hid": 1152, "n_layers": 3, "out_bias": True, "pad_token": 1}
+
+class Dropped(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.module = nn.LSTM(*sizes, batch_first=True)
+        self.weight_hh_l0_raw = nn.Parameter(self.module.weight_hh_l0.data)
+        del self.module._parameters["weight_hh_l0"]
+
+    def forward(self, x, state):
+        self.module.weight_hh_l0 = self.weight_hh_l0_raw.clone()
+        return self.module(x, state)
+
+class Embedding(nn.Module):
+    def __init__(self, emb):
+        super().__init__()
+        self.emb = emb
+
+class AWD_LSTM(nn.Module):
+    def __init__(self, words, emb_sz, n_hid, n_layers, input_p, hidden_p, embed_p, weight_p):
+        super().__init__()
+        self.bs, self.sizes = 1, [emb_sz] + [n_hid] * (n_layers - 1) + [emb_sz]
+        self.encoder = nn.Embedding(words, emb_sz)
+        self.encoder_dp = Embedding(self.encoder)
+        self.rnns = nn.ModuleList(Dropped(*pair) for pair in zip(self.sizes, self.sizes[1:]))
+
+    def forward(self, tokens):
+        x, new = self.encoder(tokens), []
+        for rnn, state in zip(self.rnns, self.hidden):
+            x, state = rnn(x, state)
+            new.append(tuple(part.detach() for part in state))
+        self.hidden = new
+        return x
+
+    def reset(self):
+        self.hidden = [(torch.zeros(1, self.bs, size), torch.zeros(1, self.bs, size)) for size in self.sizes[1:]]
+""",
+    "fastai/text/models/core.py": """
+from torch import nn
+
+class Both(nn.Sequential):
+    def reset(self):
+        self[0].reset()
+
+class Decoder(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.decoder = nn.Linear(encoder.embedding_dim, encoder.num_embeddings)
+        self.decoder.weight = encoder.weight
+
+    def forward(self, x):
+        return self.decoder(x), x, x
+
+def get_language_model(arch, words, config):
+    config = {k: v for k, v in config.items() if k not in ("output_p", "out_bias", "pad_token")}
+    model = arch(words, **config)
+    return Both(model, Decoder(model.encoder))
+""",
+}
+
+
+def test_fastai_steps_as_ours(tmp_path, monkeypatch):
+    """Losses of two windows with carried state, an update each; the same weights afterwards."""
+    for name, text in FASTAI.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    quiet = "--dropout 0 --dropouth 0 --dropouti 0 --dropoute 0 --wdrop 0 --clip 10 --lr 1.5 --wdecay 0.01 --bptt 10"
+    args, model = make(train_awd, f"--emsize 7 --nhid 11 --nlayers 3 {quiet}")
+    with pytest.raises(UserError, match="pip install fastai --target"):
+        PEERS["fastai"](tmp_path / "gone", args, model)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    peer = PEERS["fastai"](tmp_path, args, model)
+    for name in [name for name in sys.modules if name.split(".")[0] == "fastai"]:
+        monkeypatch.delitem(sys.modules, name)
+    step_alike(args, model, peer, (5, 13))
+    after = model.state_dict()
+    before = {name: value.clone() for name, value in after.items()}
+    model.load_state_dict(peer.weights(model))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], msg=name)
 
 
 def test_the_authors_weight_drop_lives_on(tmp_path):

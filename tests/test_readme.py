@@ -22,7 +22,7 @@ import train_rmc
 import train_rnn
 from data import prepare, pydocs
 from models.forget_mult import doctor, nvrtc
-from utils import compressed, measurements, workers
+from utils import compressed, measurements, scaling, workers
 
 BATCHES = ["--batch-size=20", "--bptt=11", "--threads=1"]
 SMALL = ["--emsize=17", "--nhid=17", "--nlayers=1", *BATCHES]
@@ -86,6 +86,10 @@ def check_compress(argv, out):
 
 def check_benchmark(argv, out, monkeypatch, tmp_path):
     """A table between its markers; a speed table of small models."""
+    if argv == ["table", "--list"]:
+        benchmark.main(argv)
+        assert "wikitext2" in out()
+        return
     if argv[0] == "table":
         name = argv[1]
         benchmark.main([*argv, "--results", str(tmp_path)])
@@ -96,16 +100,20 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
     monkeypatch.setattr(measurements, "CANDIDATES", candidates)
     monkeypatch.setattr(measurements, "RECURRENCES", ())
     monkeypatch.setattr(measurements, "LAYERS", ((5, 3, 7, 11, 1),))
+    axis = scaling.Axis("--bptt", (3, 5), {"LSTM 17": ("train_rnn", small)})
+    monkeypatch.setattr(scaling, "AXES", dict.fromkeys(scaling.AXES, axis))
     monkeypatch.setattr(measurements, "GRID", {"batch": (8,), "length": (32,)})
     monkeypatch.setattr(compressed, "PRODUCTS", ((2, 7, 11),))
-    if argv[0] in ("layers", "figure4", "products", "compression", "quantization"):
-        for module in (measurements, compressed):
+    if argv[0] in ("layers", "figure4", "products", "compression", "quantization", "generate", "scaling"):
+        for module in (measurements, compressed, scaling):
             monkeypatch.setattr(module, "Worker", partial(InProcess, kind=workers.Candidate))
     sizes = {"speed": ["--rounds", "2", "--vocab-size", "31"], "memory": ["--vocab-size", "31"]}
     sizes |= {"evaluation": ["--tokens", "50", "--rounds", "1"], "load": ["--rounds", "1"]}
     sizes |= {"quality": ["--seeds", "1", f"--flags={small}"]}
     sizes |= {"layers": ["--rounds", "1"], "figure4": ["--rounds", "1", "--vocab-size", "31"]}
     sizes |= {name: ["--rounds", "1", "--warmup", "1"] for name in ("compression", "products")}
+    sizes |= {"generate": ["--rounds", "1", "--words", "5", "--vocab-size", "31"]}
+    sizes |= {"scaling": ["--rounds", "1", "--vocab-size", "31"]}
     sizes |= {"quantization": ["--tokens", "50", "--statistics-tokens", "100"]}
     benchmark.main([*argv, *sizes[argv[0]]])
     rows = re.findall(r"^\| (LSTM|build|cached|QRNN|AWD|dense|sparse|fp32|rows|float32|int8)", out(), re.M)

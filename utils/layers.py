@@ -9,7 +9,7 @@ from models import QRNNLayer, forget_mult
 from models.forget_mult import BACKENDS
 
 from . import runtime, timing
-from .peers import log_seed, qrnn_seed
+from .peers import log_seed, qrnn_seed, sru
 
 WAYS = (*BACKENDS, "cuda")
 """Of ours to compute the recurrence."""
@@ -83,8 +83,9 @@ class Recurrence:
 class Layer:
     """One layer, (T, B, input) to (T, B, hidden), forward and backward by input and weights.
 
-    way: "QRNN" and "QRNN bf16", ours; "nn.LSTM"; "pytorch-qrnn" and "log-space QRNN", the seeds', with the weights of
-    ours. sizes: T, B, input, hidden, window. log-space QRNN: its candidate is a sigmoid, window 1.
+    way: "QRNN" and "QRNN bf16", ours; "nn.LSTM"; "SRU", asappresearch/sru's; "pytorch-qrnn" and "log-space QRNN", the
+    seeds', with the weights of ours. sizes: T, B, input, hidden, window. log-space QRNN: its candidate is a sigmoid,
+    window 1.
     """
 
     def __init__(self, way, sizes, checkout, args):
@@ -101,6 +102,8 @@ class Layer:
         elif way == "pytorch-qrnn":
             self.layer = qrnn_seed(checkout)[1].QRNNLayer(inputs, features, window=window, use_cuda=False)
             self.layer.load_state_dict(self.ours.state_dict())
+        elif way == "SRU":
+            self.layer = sru(checkout).SRU(inputs, features, num_layers=1)
         elif way == "log-space QRNN":  # f keeps the past there; its candidate is a sigmoid
             self.ours = QRNNLayer(inputs, features, candidate="sigmoid")
             self.layer = log_seed(checkout).QRNNLayer(inputs, features, 1, "fo")
@@ -121,8 +124,8 @@ class Layer:
             return self.layer(x)[0]
 
     def difference(self):
-        """Relative difference of the output from our layer with the same weights in float64; 0 of an LSTM."""
-        if self.way == "nn.LSTM":
+        """Relative difference of the output from our layer with the same weights in float64; 0 of another kind."""
+        if self.way in ("nn.LSTM", "SRU"):
             return 0.0
         with torch.no_grad():
             want = copy.deepcopy(self.ours).double()(self.x.double())[0]

@@ -12,7 +12,8 @@ from data.corpus import Corpus, find_corpus, split_file
 
 from . import UserError, report, runtime
 from .layers import WAYS, Layer, Recurrence
-from .tables import RENDERERS, RIVALS, figure4_picture, rival_name
+from .pictures import figure4_picture
+from .tables import RENDERERS, RIVALS, rival_name
 from .workers import Worker, load_once, write_zipf
 
 # The authors' settings of AWD-LSTM and AWD-QRNN on Penn Treebank.
@@ -54,9 +55,11 @@ LARGE = {
 # What `layers` times: sizes, and the ways to compute them.
 RECURRENCES = ((105, 20, 640), (70, 20, 1550))
 LAYERS = ((70, 20, 1550, 1550, 1),)
-SEEDS = {"pytorch-qrnn": "qrnn", "log-space QRNN": "log_qrnn"}
+SEEDS = {"pytorch-qrnn": "qrnn", "log-space QRNN": "log_qrnn", "SRU": "sru"}
 GRID = {"batch": (8, 16, 32, 64, 128, 256), "length": (32, 64, 128, 256, 512)}
 
+SILENT = ("a-martyn", "fastai")
+"""Peers without a script that generates."""
 TOLERANCE = {"off": 1e-5, "bf16": 2e-2}
 """Largest relative difference of a loss from its reference, by --amp; beyond it nothing is timed."""
 LAYER_TOLERANCE = {"scan": 1e-3, "log-space QRNN": 1e-3}
@@ -71,6 +74,7 @@ def chosen(args):
     if not names:
         raise UserError(f"--only {' '.join(args.only)} names no candidate: there are {', '.join(every)}")
     checkouts = {"port-rnn": args.port, "port-rmc": args.port, "example": args.example, "a-martyn": args.martyn}
+    checkouts["fastai"] = args.fastai
     checkouts["authors"] = args.awd and (args.awd, args.qrnn)
     found = {name: (*every[name], None, None, args) for name in names}
     for peer, taken in dict.fromkeys(rival for name in names for rival in RIVALS.get(name, ())):
@@ -154,6 +158,27 @@ def memory(args):
     finish(args, machine, {"kind": "memory", "vocab_size": args.vocab_size, "rows": rows})
 
 
+def generate(args):
+    """Time generating words one by one: candidates, peers as their scripts do it, and reading the weights once."""
+    _, machine = runtime.setup(args)
+    every = {name: candidate for name, candidate in chosen(args).items() if candidate[2] not in SILENT}
+    workers = {name: Worker(*candidate) for name, candidate in every.items()}
+    rows = {name: {"name": name, "ms": []} | ({} if each[2] else {"reading_ms": []}) for name, each in every.items()}
+    for number in report.progress(range(args.warmup + args.rounds), "generate"):
+        for name, worker in workers.items():
+            taken = worker("words", args.words)
+            alone = None if every[name][2] else worker("reading")
+            if number >= args.warmup:
+                rows[name]["ms"].append(taken)
+                if alone:
+                    rows[name]["reading_ms"].append(alone[0])
+                    rows[name]["weights_mib"] = alone[1]
+    for worker in workers.values():
+        worker.end()
+    figures = {"kind": "generate", "vocab_size": args.vocab_size, "words": args.words, "rows": list(rows.values())}
+    finish(args, machine, figures)
+
+
 def profile(args):
     """The operations that a training step of each candidate spends its time in, by torch's profiler."""
     _, machine = runtime.setup(args)
@@ -227,7 +252,7 @@ def layers(args):
     seeds = [seed for seed, flag in SEEDS.items() if getattr(args, flag)]
     rows, ours = [], [way for way in WAYS if way != ("cpu" if args.cuda else "cuda")]
     for kind, every, ways in (
-        (Recurrence, RECURRENCES, [*ours, *seeds]),
+        (Recurrence, RECURRENCES, [*ours, *(seed for seed in seeds if seed != "SRU")]),
         (Layer, LAYERS, ["QRNN", "QRNN bf16", "nn.LSTM", *seeds]),
     ):
         for sizes in every:
@@ -259,8 +284,15 @@ def time_ways(args, kind, sizes, ways):
         row["difference"] = differences[way]
         if kind is Layer and way.startswith("QRNN"):
             row["products_ms"] = [worker("products") for _ in range(args.rounds)]
-        worker.end()
         rows.append(row)
+    if kind is Layer:
+        for row in rows:
+            row["inference_ms"] = []
+        for _ in range(args.rounds):
+            for row in rows:
+                row["inference_ms"].append(workers[row["name"]]("inference"))
+    for worker in workers.values():
+        worker.end()
     return rows
 
 
@@ -290,16 +322,6 @@ def figure4(args):
         figure4_picture(figures, args.results / "qrnn" / f"{args.record}.png")
 
 
-def put_on_page(page, name, text):
-    """Text between the markers of `name` on a page of markdown; page and markers are made where there are none."""
-    if not page.exists():
-        page.write_text(f"# {page.stem}\n", encoding="utf-8")
-    if f"<!-- {name} -->" not in page.read_text(encoding="utf-8"):
-        with open(page, "a", encoding="utf-8") as file:
-            file.write(f"\n<!-- {name} -->\n<!-- /{name} -->\n")
-    report.replace_between(page, name, text)
-
-
 def finish(args, machine, figures, page="speed"):
     """Print the table of a measurement; with --record keep it in results/<page>/ and render it in results/<page>.md."""
     environment = report.environment(torch.device("cuda" if args.cuda else "cpu"), args.amp)
@@ -309,6 +331,6 @@ def finish(args, machine, figures, page="speed"):
     if args.record:
         folder = args.results / page
         folder.mkdir(parents=True, exist_ok=True)
-        put_on_page(args.results / f"{page}.md", args.record, text)
+        report.put_on_page(args.results / f"{page}.md", args.record, text)
         report.write_record(folder / f"{args.record}.json", record)
     report.say(text)

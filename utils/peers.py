@@ -4,6 +4,7 @@ Their code is read from a checkout that the user names and runs as it is, but fo
 """
 
 import contextlib
+import importlib
 import io
 import math
 import sys
@@ -21,6 +22,7 @@ PORT = "L0SG/relational-rnn-pytorch"
 AUTHORS = "salesforce/awd-lstm-lm"
 QRNN_SEED = "salesforce/pytorch-qrnn"
 LOG_SEED = "LGirrbach/PyTorch-QRNN"
+SRU = "asappresearch/sru"
 
 
 def load(path, repository, repairs=()):
@@ -71,6 +73,14 @@ def log_seed(checkout):
     return load(Path(checkout) / "qrnn_layer.py", LOG_SEED)
 
 
+def sru(checkout):
+    """asappresearch/sru's package; it compiles its kernel for a CPU at its first import, with ninja."""
+    if not (Path(checkout) / "sru" / "modules.py").is_file():
+        raise UserError(f"{checkout}/sru is not there: name a checkout of {SRU}")
+    sys.path.insert(0, str(checkout))
+    return importlib.import_module("sru")
+
+
 class Peer:
     """A peer's model of our model's sizes and weights. checkout: its folder. flags: our script's. model: ours."""
 
@@ -108,6 +118,20 @@ class Peer:
     def update(self):
         """Adam, as the port uses it."""
         self.optimizer.step()
+
+    @torch.no_grad()
+    def words(self, count):
+        """Generate so many words as generate.py does: drawn by the exponentials of the scores, one after the other."""
+        self.model.eval()
+        state, token = self.state(1), torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        for _ in range(count):
+            scores, state = self.scores(token, state)
+            token.fill_(torch.multinomial(scores.squeeze().exp().cpu(), 1)[0])
+        self.model.train()
+
+    def scores(self, token, state):
+        """token (1, 1) -> the logits or log probabilities of the next word, state."""
+        return self.model(token, state)
 
 
 class PortRMC(Peer):
@@ -155,6 +179,10 @@ class PortRMC(Peer):
 
     def loss(self, tokens, targets, state):
         return self.model(tokens.t(), state, targets.reshape(-1))
+
+    def scores(self, token, state):
+        logits, _, state = self.model(token, state, None, require_logits=True)
+        return logits, state
 
 
 class PortRNN(Peer):
@@ -283,6 +311,11 @@ class Authors(AWDPeer):
         self.model.reset()
         return self.model.init_hidden(batch_size)
 
+    def scores(self, token, state):
+        """Of its decoder, which its generate.py takes for a part of the model: there it draws from the hidden units."""
+        output, state = self.model(token, state)
+        return self.model.decoder(output), state
+
     def regularized(self, tokens, targets, state):
         """Mean loss with AR and TAR in training, and the state, as main.py computes them."""
         decoder, flags = self.model.decoder, self.flags
@@ -339,4 +372,62 @@ class Martyn(AWDPeer):
         return loss, state
 
 
-PEERS = {"port-rmc": PortRMC, "port-rnn": PortRNN, "example": Example, "authors": Authors, "a-martyn": Martyn}
+class Fastai(AWDPeer):
+    """fastai's AWD_LSTM as its language_model_learner trains it: AR and TAR on the loss, states kept in the model.
+
+    checkout: a folder that pip has installed fastai into (--target).
+    """
+
+    repository = "fastai"
+    tied = True
+
+    def __init__(self, checkout, flags, model):
+        if not (Path(checkout) / "fastai" / "text" / "models" / "awdlstm.py").is_file():
+            raise UserError(f"{checkout}/fastai is not there: pip install fastai --target {checkout}")
+        sys.path.append(str(checkout))
+        self.flags, self.device = flags, model.embedding.weight.device
+        module = importlib.import_module("fastai.text.models.awdlstm")
+        sizes = {"emb_sz": flags.emsize, "n_hid": flags.nhid, "n_layers": flags.nlayers, "output_p": flags.dropout}
+        drops = {"input_p": flags.dropouti, "hidden_p": flags.dropouth, "embed_p": flags.dropoute}
+        config = {**module.awd_lstm_lm_config, **sizes, **drops, "weight_p": flags.wdrop}
+        build = importlib.import_module("fastai.text.models.core").get_language_model
+        self.model = build(module.AWD_LSTM, model.vocab_size, config).to(self.device)
+        values = model.state_dict()
+        self.model.load_state_dict({theirs: values[ours] for theirs, ours in self.names(values).items()})
+        self.optimizer = self.optimize(self.model.parameters())
+
+    def names(self, ours):
+        names = dict.fromkeys(("0.encoder.weight", "0.encoder_dp.emb.weight"), "embedding.weight")
+        names |= {f"1.decoder.{part}": f"head.{part}" for part in ("weight", "bias")}
+        for name in ours:
+            if name.startswith("core."):
+                _, _, layer, *_, part = name.split(".")
+                raw = part == "weight_hh_l0"
+                names[f"0.rnns.{layer}." + (f"{part}_raw" if raw else f"module.{part}")] = name
+        return names
+
+    def state(self, batch_size):
+        self.model[0].bs = batch_size
+        self.model.reset()
+
+    def cut(self, state):
+        return state
+
+    def regularized(self, tokens, targets, state):
+        """Mean loss with AR and TAR in training, as its RNNCallback adds them."""
+        logits, raw, dropped = self.model(tokens.t())
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.t().flatten())
+        if self.model.training:
+            loss = loss + self.flags.alpha * dropped.pow(2).mean()
+            loss = loss + self.flags.beta * (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
+        return loss, state
+
+
+PEERS = {
+    "port-rmc": PortRMC,
+    "port-rnn": PortRNN,
+    "example": Example,
+    "authors": Authors,
+    "a-martyn": Martyn,
+    "fastai": Fastai,
+}

@@ -316,3 +316,13 @@ def replace_between(path, name, text):
         raise UserError(f"{path} needs the lines {start.strip()} and {end} around the place of the table")
     with atomic_write(path, "w", encoding="utf-8") as file:
         file.write(before + start + text + end + after)
+
+
+def put_on_page(page, name, text):
+    """Text between the markers of `name` on a page of markdown; page and markers are made where there are none."""
+    if not page.exists():
+        page.write_text(f"# {page.stem}\n", encoding="utf-8")
+    if f"<!-- {name} -->" not in page.read_text(encoding="utf-8"):
+        with open(page, "a", encoding="utf-8") as file:
+            file.write(f"\n<!-- {name} -->\n<!-- /{name} -->\n")
+    replace_between(page, name, text)

@@ -1,10 +1,9 @@
 """Records as the cells of markdown tables."""
 
 import math
-import re
 import statistics
 
-from . import UserError, report
+from . import report
 
 SCORED = ("valid", "test")
 
@@ -15,130 +14,9 @@ RIVALS = {
     "LSTM 650 tied, example": (("example", "LSTM 650 tied, example"),),
     "RMC, paper's form": (("port-rmc", "RMC, port's form"),),
     "RMC, port's form": (("port-rmc", "RMC, port's form"),),
-    "AWD-LSTM": (("authors", "AWD-LSTM"), ("a-martyn", "AWD-LSTM")),
+    "AWD-LSTM": (("authors", "AWD-LSTM"), ("a-martyn", "AWD-LSTM"), ("fastai", "AWD-LSTM")),
     "AWD-QRNN": (("authors", "AWD-QRNN"),),
 }
-
-COLUMNS = (
-    "model", "parameters", "corpus", "recipe", "epochs", "minutes", "valid ppl", "test ppl", "forward ms", "ms/batch",
-    "peak MiB", "device", "command", "commit",
-)  # fmt: skip
-
-
-def model_name(model):
-    """Kind and sizes of a record's model, as a table shows them."""
-    core = model["core"]
-    if model["family"] == "rmc":
-        name = f"RMC {core['variant']} {core['memslots']}x({core['numheads']}x{core['headsize']})"
-    elif model["family"] == "qrnn":
-        name = f"QRNN {core['mode']} {core['nlayers']}x{core['nhid']} window {core['window']}"
-    else:
-        name = "AWD-" * (model["family"] == "awd")
-        name += f"{core['model']} {core['nlayers']}x{core['nhid']}{' loop' if core['loop'] else ''}"
-    name += (" tied" if model["tied"] else "") + (" adaptive" if model.get("cutoffs") else "")
-    name += f", {model['pruned'] / model['parameters']:.1%} pruned" if model.get("pruned") else ""
-    return name + "".join(f", {kind}" for kind in ("native", "sparse") if model.get(kind)) + quantization_name(model)
-
-
-def quantization_name(model):
-    """The settings of a simulated model in integers, "" of any other."""
-    settings = model.get("quantization")
-    if not settings:
-        return ""
-    words = [settings["mode"], "per channel" if settings["per_channel"] else "per tensor", f"clip {settings['clip']}"]
-    words += [f"float16 {','.join(settings['fp16'])}"] if settings["fp16"] else []
-    return f", {settings['weight_bits']}/{settings['activation_bits']} bits {' '.join(words)}"
-
-
-def table_row(record):
-    """The cells of one run record, in the order of COLUMNS; evaluation is at the batch size the record names."""
-    config, results = record["config"], record["results"]
-    batch = {score["batch_size"] for score in results.values()}
-    if batch != {1}:
-        raise UserError(f"run {record['name']}: expected valid and test scored at batch 1, got batch sizes {batch}")
-    return [
-        model_name(record["model"]),
-        f"{record['model']['parameters']:,}",
-        record["corpus"]["name"],
-        config["recipe"],
-        record["epochs"],
-        f"{record['minutes']:.1f}",
-        f"{results['valid']['perplexity']:.2f}",
-        f"{results['test']['perplexity']:.2f}",
-        f"{record['forward_ms_per_batch']:.0f}",
-        f"{record['ms_per_batch']:.0f}",
-        f"{record['peak_memory_mib']:.0f}",
-        f"{record['environment']['device']}, {record['environment']['threads']} threads",
-        f"`{record['command']}`",
-        (record["environment"]["commit"] or "")[:12],
-    ]
-
-
-def table_text(records):
-    """The markdown table of run records, best test perplexity first."""
-    ordered = sorted(records, key=lambda record: record["results"]["test"]["perplexity"])
-    return report.markdown_table(COLUMNS, [table_row(record) for record in ordered])
-
-
-SCORE_COLUMNS = ("model", "corpus", "adaptation", "valid ppl", "test ppl", "minutes", "device", "command", "commit")
-
-
-def scores_text(records):
-    """The markdown table of evaluate.py's records, highest test perplexity first."""
-    ordered = sorted(records, key=lambda record: -record["results"]["test"]["perplexity"])
-    rows = [
-        [
-            model_name(record["model"]),
-            record["corpus"]["name"],
-            f"`{record['adaptation']}`" if record["adaptation"] else "none",
-            *(f"{record['results'][split]['perplexity']:.2f}" for split in ("valid", "test")),
-            f"{record['minutes']:.1f}",
-            f"{record['environment']['device']}, {record['environment']['threads']} threads",
-            f"`{record['command']}`",
-            (record["environment"]["commit"] or "")[:12],
-        ]
-        for record in ordered
-    ]
-    return report.markdown_table(SCORE_COLUMNS, rows)
-
-
-SEED_COLUMNS = (
-    "what differs",
-    "seeds",
-    "valid ppl",
-    "test ppl",
-    "best epoch",
-    "mean test ppl",
-    "times the first row's",
-)
-
-
-def seeds_text(records):
-    """The markdown table of runs that differ in their seeds and in some flags: a row a setting, best mean first."""
-    settings = {}
-    for record in records:
-        settings.setdefault(tuple(_setting(record["command"])), []).append(record)
-    shared = set.intersection(*map(set, settings))
-    rows = []
-    for setting, runs in settings.items():
-        runs.sort(key=lambda record: record["config"]["seed"])
-        scores = [[record["results"][split]["perplexity"] for record in runs] for split in ("valid", "test")]
-        cells = [" ".join(f"`{flag}`" for flag in setting if flag not in shared) or "nothing"]
-        cells += [" ".join(str(record["config"]["seed"]) for record in runs)]
-        cells += [" ".join(f"{score:.2f}" for score in split) for split in scores]
-        cells += [" ".join(str(record["results"]["test"]["epoch"]) for record in runs)]
-        rows.append((statistics.mean(scores[1]), cells))
-    rows.sort(key=lambda row: row[0])
-    first = rows[0][0]
-    rows = [[*cells, f"{mean:.2f}", f"{mean / first:.3f}"] for mean, cells in rows]
-    command = " ".join(sorted(shared, key=_setting(records[0]["command"]).index))
-    return f"What all have in common: `{command} --seed SEED`\n\n{report.markdown_table(SEED_COLUMNS, rows)}"
-
-
-def _setting(command):
-    """A command's script and flags, each with its values, without those that name a run."""
-    flags = re.split(r" (?=--)", command)
-    return [flag for flag in flags if not flag.startswith(("--seed", "--name", "--save", "--runs-dir"))]
 
 
 def spread(values, digits=0):
@@ -282,8 +160,10 @@ def layers_text(record):
             alone = row.get("products_ms")
             over = spread([a / b for a, b in zip(row["ms"], alone, strict=True)], 2) if alone else ""
             cells.append([row["name"], f"{row['difference']:.0e}", spread(row["ms"], 1), spread(ratios, 2), over])
+            cells[-1] += [spread(row["inference_ms"], 1)] if "inference_ms" in row else []
         header = (f"{what}, {names} = {', '.join(map(str, sizes))}", "difference", "forward and backward ms")
         header += (f"times {first['name']}", "times its products alone")
+        header += ("without gradients ms",) * ("inference_ms" in first)
         text.append(report.markdown_table(header, cells))
     return "\n".join(text)
 
@@ -319,6 +199,44 @@ def products_text(record):
     return "Microseconds; times the first row's speed. " + about(record) + report.markdown_table(header, table_rows)
 
 
+def generate_text(record):
+    """The markdown of a generate record: milliseconds a word, times the peer's speed, times reading the weights."""
+    rows, table_rows = {row["name"]: row for row in record["rows"]}, []
+    for name, row in rows.items():
+        row_cells = [name, spread(row["ms"], 2), "", "", "", ""]
+        if "reading_ms" in row:
+            over = [taken / alone for taken, alone in zip(row["ms"], row["reading_ms"], strict=True)]
+            row_cells[2:5] = [f"{row['weights_mib']:.0f}", spread(row["reading_ms"], 2), spread(over, 2)]
+        peers = [rows[rival] for rival in map(rival_name, RIVALS.get(name, ())) if rival in rows]
+        ratios = [[theirs / ours for ours, theirs in zip(row["ms"], peer["ms"], strict=True)] for peer in peers]
+        row_cells[5] = "; ".join(spread(ratio, 2) for ratio in ratios)
+        table_rows.append(row_cells)
+    header = ("model", "ms/word", "weights MiB", "reading them ms", "times reading them", "times the peer's speed")
+    title = f"Vocabulary {record['vocab_size']:,}, {record['words']:,} words in one column. "
+    return title + about(record) + report.markdown_table(header, table_rows)
+
+
+def scaling_text(record):
+    """The markdown of a scaling record: a table an axis; milliseconds, and how often they hold the floor's."""
+    text = [about(record)]
+    for axis in dict.fromkeys(row["axis"] for row in record["rows"]):
+        own = [row for row in record["rows"] if row["axis"] == axis]
+        values = list(dict.fromkeys(row["value"] for row in own))
+        table_rows = []
+        for name in dict.fromkeys(row["name"] for row in own):
+            found = {row["value"]: row for row in own if row["name"] == name}
+            digits = 0 if max(row["floor_ms"] for row in found.values()) > 10 else 3
+            shown = [found[value] for value in values]
+            cells = [spread(row["ms"], digits) for row in shown]
+            over = [f"{statistics.median(row['ms']) / row['floor_ms']:.2f}" for row in shown]
+            table_rows += [[name, *cells], [f"{name}, times {FLOORS.get(axis, 'its products alone')}", *over]]
+        text.append(report.markdown_table((axis, *(f"{value:,}" for value in values)), table_rows))
+    return "\n".join(text)
+
+
+FLOORS = {"zeros": "the dense product", "processes": "an equal share of one process's"}
+"""What a scaling record's floor is where it is not the matrix products alone."""
+
 PUBLISHED = {
     8: (5.5, 8.8, 11.0, 12.4, 16.9), 16: (5.5, 6.7, 7.8, 8.3, 10.8), 32: (4.2, 4.5, 4.9, 4.9, 6.4),
     64: (3.0, 3.0, 3.0, 3.0, 3.7), 128: (2.1, 1.9, 2.0, 2.0, 2.4), 256: (1.4, 1.4, 1.3, 1.3, 1.3),
@@ -328,7 +246,7 @@ PUBLISHED_PARTS = {"LSTM (cuDNN, paper)": (170, 75, 45), "QRNN (paper)": (42, 75
 """Left: milliseconds of RNN, softmax and optimization, read off the bars."""
 
 
-def _figure4(record):
+def figure4_medians(record):
     """Medians: {name: (RNN, softmax, optimization)}, and {way: {(batch, length): times nn.LSTM's speed}}."""
     parts = {
         name: [statistics.median(column) for column in zip(*taken, strict=True)]
@@ -345,7 +263,7 @@ def _figure4(record):
 
 def figure4_text(record):
     """The markdown of a figure4 record: parts of a step, then the grid of speeds, published figures beside ours."""
-    parts, grids = _figure4(record)
+    parts, grids = figure4_medians(record)
     rows = [
         [name, *(f"{value:,.0f}" for value in taken), f"{sum(taken):,.0f}"]
         for name, taken in [*parts.items(), *PUBLISHED_PARTS.items()]
@@ -361,42 +279,6 @@ def figure4_text(record):
         rows.append(row)
     header = ("batch: ours / ours bf16 / published", *(f"{length} steps" for length in lengths))
     return text + "\n" + report.markdown_table(header, rows)
-
-
-def figure4_picture(record, path):
-    """Figure 4 in the paper's form: bars of a training step's parts, and the grid of speeds over nn.LSTM."""
-    from matplotlib.figure import Figure
-
-    parts, grids = _figure4(record)
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-    parts |= PUBLISHED_PARTS
-    names = [name.replace(", ", ",\n").replace(" (", "\n(") for name in parts]
-    bottom = [0.0] * len(parts)
-    for number, label in enumerate(("RNN", "softmax", "optimization")):
-        heights = [taken[number] for taken in parts.values()]
-        left.bar(names, heights, 0.6, bottom, label=label)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    left.set_ylabel("milliseconds a batch")
-    left.set_title("Training step, 2 x 640, batch 20, 105 steps")
-    left.set_ylim(0, 1.2 * max(bottom))
-    left.legend(ncols=3, loc="upper center")
-    grid = grids["QRNN"]
-    batches, lengths = (sorted({key[number] for key in grid}) for number in (0, 1))
-    right.imshow(
-        [[grid[batch, length] for length in lengths] for batch in batches], cmap="Greens", vmin=0, vmax=6, aspect="auto"
-    )
-    for y, batch in enumerate(batches):
-        published = dict(zip((32, 64, 128, 256, 512), PUBLISHED.get(batch, ()), strict=False))
-        for x, length in enumerate(lengths):
-            theirs = f"\n(paper {published[length]}x)" if length in published else ""
-            right.text(x, y, f"{grid[batch, length]:.1f}x{theirs}", ha="center", va="center", fontsize=9)
-    right.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-    right.set_yticks(range(len(batches)), [str(batch) for batch in batches])
-    right.set_xlabel("sequence length")
-    right.set_ylabel("batch size")
-    right.set_title("320-unit QRNN layer without gradients, times the speed of nn.LSTM")
-    figure.savefig(path, dpi=120)
 
 
 COMPRESSION_COLUMNS = (
@@ -452,6 +334,8 @@ RENDERERS = {
     "evaluation": evaluation_text,
     "load": load_text,
     "layers": layers_text,
+    "generate": generate_text,
+    "scaling": scaling_text,
     "figure4": figure4_text,
     "compression": compression_text,
     "products": products_text,

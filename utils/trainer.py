@@ -95,7 +95,7 @@ class Trainer:
         self.timing = {"ms": 0.0, "forward_ms": 0.0, "batches": 0}
         self.history = self.shown = {"epochs": [], "points": []}
         self.best = None
-        self.status = "running"
+        self.status, self.commands = "running", [report.command(args.argv)]
         limit = 2 * args.eval_batch * args.bptt + 1 if args.dry_run else None
         self.valid, self.test = corpus.valid[:limit], corpus.test[:limit]
 
@@ -346,7 +346,8 @@ class Trainer:
             "name": self.args.name,
             "processes": self.processes.size,
             "status": self.status,
-            "command": report.command(self.args.argv),
+            "command": self.commands[0],
+            "resumed_by": self.commands[1:],
             "config": flags,
             "model": {**self.config, "parameters": self.model.num_params(), "pruned": self.pruning.count()},
             "corpus": report.corpus_record(self.corpus),
@@ -396,6 +397,7 @@ class Trainer:
                 },
                 "history": self.history,
                 "best": self.best,
+                "commands": self.commands,
             },
         )
 
@@ -412,6 +414,7 @@ class Trainer:
         self.cut_epoch()
         self.timing, self.best = position["timing"], saved["best"]
         self.history = self.shown = saved["history"]
+        self.commands = [*saved.get("commands", ()), *self.commands]
         runtime.set_rng_state(saved["rng"])
 
 

@@ -13,6 +13,7 @@ import torch
 
 from data.batching import columns, windows
 from data.corpus import Corpus
+from generate import sample
 from models import build, compiled
 
 from . import UserError, optim, parsing, runtime, timing, trainer
@@ -36,6 +37,7 @@ class Candidate:
             torch.set_flush_denormal(True)
         else:
             self.device, _ = runtime.setup(args)
+        parsing.settle_cutoffs(self.flags, args.vocab_size)
         torch.manual_seed(self.flags.seed)
         self.config = module.model_config(self.flags, args.vocab_size)
         self.model = build(self.config).to(self.device)
@@ -140,6 +142,23 @@ class Candidate:
         model = build({**self.config, "tied": tied}).to(self.device)
         model.load_state_dict(self.peer.weights(model))
         return evaluate(model, ids, 1).perplexity
+
+    def words(self, count):
+        """Milliseconds of a word of `count` generated in one column."""
+        if self.peer:
+            return timing.once(lambda: self.peer.words(count), self.device) / count
+        self.model.eval()
+        with runtime.autocast(self.device, self.flags.amp):
+            taken = timing.once(lambda: sample(self.model, [0], count), self.device)
+        self.model.train()
+        return taken / count
+
+    def reading(self):
+        """Milliseconds of reading once the weights that a word needs, and their MiB: all but an untied embedding."""
+        weights = self.model.num_params()
+        weights -= 0 if self.flags.tied else self.model.embedding.weight.numel()
+        memory = torch.ones(weights, device=self.device)
+        return timing.median_time(memory.sum, 0.1, self.device), weights / 2**18
 
     def tokens_a_step(self):
         """Targets of a training step."""

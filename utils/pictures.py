@@ -1,0 +1,163 @@
+"""Pictures of measurements and of several runs; each of a run's own curves is utils/report.py's."""
+
+import itertools
+import statistics
+
+from .tables import FLOORS, PUBLISHED, PUBLISHED_PARTS, figure4_medians
+
+STYLES = list(zip(("-", "--", ":", "-."), ("o", "s", "^", "D"), strict=True))
+
+
+def _figure(width, height):
+    """An empty figure of so many inches; matplotlib is imported when there is something to draw."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def figure4_picture(record, path):
+    """Figure 4 in the paper's form: bars of a training step's parts, and the grid of speeds over nn.LSTM."""
+    parts, grids = figure4_medians(record)
+    figure = _figure(13, 4.5)
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    parts |= PUBLISHED_PARTS
+    names = [name.replace(", ", ",\n").replace(" (", "\n(") for name in parts]
+    bottom = [0.0] * len(parts)
+    for number, label in enumerate(("RNN", "softmax", "optimization")):
+        heights = [taken[number] for taken in parts.values()]
+        left.bar(names, heights, 0.6, bottom, label=label)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    left.set_ylabel("milliseconds a batch")
+    left.set_title("Training step, 2 x 640, batch 20, 105 steps")
+    left.set_ylim(0, 1.2 * max(bottom))
+    left.legend(ncols=3, loc="upper center")
+    grid = grids["QRNN"]
+    batches, lengths = (sorted({key[number] for key in grid}) for number in (0, 1))
+    right.imshow(
+        [[grid[batch, length] for length in lengths] for batch in batches], cmap="Greens", vmin=0, vmax=6, aspect="auto"
+    )
+    for y, batch in enumerate(batches):
+        published = dict(zip((32, 64, 128, 256, 512), PUBLISHED.get(batch, ()), strict=False))
+        for x, length in enumerate(lengths):
+            theirs = f"\n(paper {published[length]}x)" if length in published else ""
+            right.text(x, y, f"{grid[batch, length]:.1f}x{theirs}", ha="center", va="center", fontsize=9)
+    right.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+    right.set_yticks(range(len(batches)), [str(batch) for batch in batches])
+    right.set_xlabel("sequence length")
+    right.set_ylabel("batch size")
+    right.set_title("320-unit QRNN layer without gradients, times the speed of nn.LSTM")
+    figure.savefig(path, dpi=120)
+
+
+def curves_picture(rows, path):
+    """Validation perplexity over the minutes of training: rows [(name, record)] of trained models, a line each."""
+    figure = _figure(8, 5)
+    axes, lowest = figure.subplots(), []
+    for number, (name, record) in enumerate(rows):
+        epochs = record["history"]["epochs"]
+        minutes = list(itertools.accumulate(epoch["seconds"] / 60 for epoch in epochs))
+        valid = [epoch["valid_ppl"] for epoch in epochs]
+        line, marker = STYLES[number % len(STYLES)]
+        axes.plot(minutes, valid, line, marker=marker, ms=4, label=f"{name}: {min(valid):.1f}")
+        lowest.append(min(valid))
+    axes.set(xlabel="minutes of training", ylabel="perplexity of the validation split", yscale="log")
+    axes.set_ylim(0.9 * min(lowest), 4 * max(lowest))
+    _plain(axes)
+    figure.savefig(path, dpi=120)
+
+
+def sparsity_picture(rows, path):
+    """Test perplexity over the part of all weights that is zero: rows [(name, published, record)].
+
+    Pruned while training, at once (the records of evaluations), and the published figures.
+    """
+    figure = _figure(8, 5)
+    axes = figure.subplots()
+    kinds = {"while training": ([], "o-", "C0"), "at once": ([], "s--", "C1"), "published": ([], "^:", "0.4")}
+    for name, published, record in rows:
+        model = record["model"]
+        part = 100 * model["pruned"] / model["parameters"]
+        kind = "while training" if record["kind"] == "training" else "at once"
+        perplexity = record["results"]["test"]["perplexity"]
+        kinds[kind][0].append((part, perplexity))
+        if kind == "while training":
+            axes.annotate(name, (part, perplexity), textcoords="offset points", xytext=(4, -11), fontsize=7)
+        if published is not None:
+            kinds["published"][0].append((part, published))
+    for label, (points, style, color) in kinds.items():
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), style, color=color, ms=5, label=label)
+    axes.set(xlabel="weights that are zero, %", ylabel="perplexity of the test split", yscale="log")
+    _plain(axes)
+    figure.savefig(path, dpi=120)
+
+
+def scaling_picture(record, path):
+    """A panel an axis of a scaling record: milliseconds of each family as that size grows, and their floor, dotted."""
+    names = list(dict.fromkeys(row["axis"] for row in record["rows"]))
+    lines = -(-len(names) // 3)
+    figure = _figure(13, 3.8 * lines)
+    panels = figure.subplots(lines, 3, squeeze=False).flat
+    for axis, panel in itertools.zip_longest(names, panels):
+        if axis is None:
+            panel.set_visible(False)
+            continue
+        own = [row for row in record["rows"] if row["axis"] == axis]
+        for number, name in enumerate(dict.fromkeys(row["name"] for row in own)):
+            found = [row for row in own if row["name"] == name]
+            values, color = [row["value"] for row in found], f"C{number}"
+            middle = [statistics.median(row["ms"]) for row in found]
+            beyond = [
+                [mid - min(row["ms"]) for mid, row in zip(middle, found, strict=True)],
+                [max(row["ms"]) - mid for mid, row in zip(middle, found, strict=True)],
+            ]
+            panel.errorbar(
+                values, middle, beyond, fmt=f"{STYLES[number][1]}-", color=color, ms=4, capsize=2, label=name
+            )
+            panel.plot(values, [row["floor_ms"] for row in found], ":", color=color)
+        panel.set(xlabel=f"{axis} (dotted: {FLOORS.get(axis, 'products alone')})", ylabel="milliseconds", yscale="log")
+        if axis != "zeros":
+            panel.set_xscale("log")
+        panel.set_xticks(
+            sorted({row["value"] for row in own}), [f"{value:,}" for value in sorted({r["value"] for r in own})]
+        )
+        panel.minorticks_off()
+        _plain(panel)
+    figure.savefig(path, dpi=110)
+
+
+def ahead_picture(comparisons, path):
+    """Bars: how many times as good as a peer ours is, with the range of rounds; a tick at what was to be reached.
+
+    comparisons: [(what, ours, peer, ratios, reach or None)].
+    """
+    figure = _figure(10, 0.9 + 0.24 * len(comparisons))
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(what for what, *_ in comparisons))
+    for y, (what, _, _, ratios, reach) in enumerate(comparisons):
+        middle, number = statistics.median(ratios), kinds.index(what)
+        beyond = [[middle - min(ratios)], [max(ratios) - middle]]
+        axes.barh(y, middle, 0.7, xerr=beyond, color=f"C{number % 10}", alpha=0.75, hatch=("", "//", "..")[number % 3])
+        axes.text(max(ratios) * 1.05, y, f"{middle:.2f}", va="center", fontsize=7)
+        if reach:
+            axes.plot([reach, reach], [y - 0.45, y + 0.45], color="black", lw=2)
+    axes.set_yticks(range(len(comparisons)), [f"{what}: {ours} / {peer}" for what, ours, peer, *_ in comparisons])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.axvline(1, color="0.3", lw=1)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="times as fast as the peer, or as little memory (black: to be reached)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="x", which="both", color="0.92")
+    axes.set_axisbelow(True)
+    figure.savefig(path, dpi=110)
+
+
+def _plain(axes):
+    """Numbers instead of powers, a grid, a legend."""
+    low, high = axes.get_ylim()
+    if high / low < 30:
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.grid(which="both", color="0.92")
+    axes.legend()
