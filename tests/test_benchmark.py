@@ -185,6 +185,7 @@ def axes(monkeypatch):
 def test_scaling(axes, monkeypatch, capsys, tmp_path):
     """A row a value with its floor, on every axis; kept, rendered, drawn; --quick takes the ends."""
     monkeypatch.setattr(scaling, "train_by", lambda count, args: 60.0 / count**0.5)
+    monkeypatch.setattr(workers.timing, "products_alone", lambda products, device: (0.5, 1.0))
     flags = ["--rounds", "3", "--warmup", "1", "--threads", "1", "--results", str(tmp_path)]
     benchmark.main(["scaling", *flags, "--record", "s"])
     record = report.read_record(tmp_path / "speed" / "s.json")
