@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from data.corpus import SPLITS
-from utils import UserError, ahead, cli, compressed, measurements, plans, program, report, scaling
+from utils import UserError, ahead, cli, compressed, measurements, planned, plans, program, report, scaling
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,7 +21,7 @@ def table(args):
     if args.name is None:
         raise UserError("table: expected the name of a table, got none; --list shows those that are planned")
     if args.name in plans.PLANS and not args.runs:
-        plans.make(args)
+        planned.make(args)
         return
     added = {}
     for run in map(Path, args.runs):
@@ -30,7 +30,7 @@ def table(args):
         if not record["results"]:
             raise UserError(f"{path} has no results: the run has not ended (status {record['status']})")
         added[record["name"]] = record
-    plans.render(args.name, args.results, added, args.differences)
+    planned.render(args.name, args.results, added, args.differences)
 
 
 def peers(args):

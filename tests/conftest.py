@@ -103,9 +103,8 @@ def fails(capsys, monkeypatch):
             program.run(main)
         error = capsys.readouterr().err
         assert exit_info.value.code == code
-        assert error.count("\n") == 1 and re.match(r"script\.py( speed| prune| quantize| peers)?: error: ", error), (
-            error
-        )
+        said = re.match(r"script\.py( speed| prune| quantize| peers)?: error: ", error)
+        assert said and error.count("\n") == 1, error
         return error
 
     return call

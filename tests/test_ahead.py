@@ -85,16 +85,18 @@ def test_every_command_is_one_of_benchmark(tmp_path, capsys):
 def test_the_page_of_all(tmp_path, monkeypatch):
     """Each measurement is run, then what its records say is summed up in a table and a picture."""
 
-    def measure(args):
-        record = LAYERS if args.call.__name__ == "layers" else SPEED
-        folder = tmp_path / ("qrnn" if record is LAYERS else "speed")
-        folder.mkdir(exist_ok=True)
-        report.write_record(folder / f"{args.record}.json", record)
+    def keep(args, page, record):
+        (tmp_path / page).mkdir(exist_ok=True)
+        report.write_record(tmp_path / page / f"{args.record}.json", record)
 
-    for name in ("layers", "speed"):
-        call = lambda args: measure(args)  # noqa: E731
-        call.__name__, call.__doc__ = name, "Measure."
-        monkeypatch.setattr(benchmark.measurements, name, call)
+    def layers(args):
+        keep(args, "qrnn", LAYERS)
+
+    def speed(args):
+        keep(args, "speed", SPEED)
+
+    for call in (layers, speed):
+        monkeypatch.setattr(benchmark.measurements, call.__name__, call)
     (tmp_path / "from").mkdir()
     flags = ["--from", str(tmp_path / "from"), "--results", str(tmp_path)]
     benchmark.main(["peers", *flags, "--only", "bf16", "layers"])

@@ -16,6 +16,7 @@ from conftest import cells, files
 
 import benchmark
 from utils import UserError, parsing, plans, report, run_tables
+from utils import planned as planning
 
 PAGE = "# Small\n\nbefore\n\n<!-- small -->\n{}<!-- /small -->\n\nafter\n"
 
@@ -211,7 +212,7 @@ def test_the_tables_of_this_repository_are_what_their_records_say(tmp_path):
         if any(record["kind"] in run_tables.KINDS for record in records):
             shutil.copytree(page.with_suffix(""), tmp_path / page.stem)
             shutil.copy(page, tmp_path)
-            plans.render(page.stem, tmp_path, differences="| what differs |" in page.read_text(encoding="utf-8"))
+            planning.render(page.stem, tmp_path, differences="| what differs |" in page.read_text(encoding="utf-8"))
             assert (tmp_path / page.name).read_bytes() == page.read_bytes(), page.name
             found.append(page.stem)
     assert {"rnn-penn", "awd-penn", "awd-ablation"} <= set(found)
@@ -257,8 +258,9 @@ def planned(monkeypatch, tiny_corpus, place, tmp_path):
         plans.trained("longer", f"{train} --start-from dense{{seed}}"),
         plans.at_once(50),
     )
-    monkeypatch.setattr(plans, "PLANS", {"small": rows})
-    monkeypatch.setattr(plans, "subprocess", Namespace(run=call))
+    for module in (plans, planning):
+        monkeypatch.setattr(module, "PLANS", {"small": rows})
+    monkeypatch.setattr(planning, "subprocess", Namespace(run=call))
 
     def run(*flags):
         ran.clear()
@@ -284,12 +286,8 @@ def test_a_planned_table_trains_what_it_needs(planned, place, tmp_path):
     assert ["--max-minutes 3" in each for each in ran] == [True, False, False]
     assert ran[1].startswith("prune ") and "at-once-50.json" in ran[2]
     dense, longer, pruned = planned_rows(place)
-    assert [dense[key] for key in ("row", "epochs", "published valid", "published test")] == [
-        "dense",
-        "1",
-        "20.25",
-        "21.5",
-    ]
+    shown = [dense[key] for key in ("row", "epochs", "published valid", "published test")]
+    assert shown == ["dense", "1", "20.25", "21.5"]
     assert float(longer["valid ppl"]) < float(dense["valid ppl"]) and longer["published test"] == ""
     assert pruned["model"].startswith("LSTM 1x11 tied, 4") and pruned["epochs"] == ""  # not the biases
     assert planned() == []
@@ -308,18 +306,18 @@ def test_a_planned_table_trains_what_it_needs(planned, place, tmp_path):
 
 def test_a_planned_training_that_was_cut_goes_on(planned, place, tmp_path, monkeypatch):
     """Ctrl-C is for the training, ends the table after it, and the same command resumes; records name both commands."""
-    run = plans.subprocess.run
+    run = planning.subprocess.run
 
     def interrupted(argv):
         os.kill(os.getpid(), signal.SIGINT)
         return run([*argv, "--max-minutes", "0.00001"])
 
-    monkeypatch.setattr(plans, "subprocess", Namespace(run=interrupted))
-    monkeypatch.setattr(plans, "DONE", ("finished",))
+    monkeypatch.setattr(planning, "subprocess", Namespace(run=interrupted))
+    monkeypatch.setattr(planning, "DONE", ("finished",))
     with pytest.raises(KeyboardInterrupt):
         planned("--only", "dense")
     assert not (place / "small").exists()
-    monkeypatch.setattr(plans, "subprocess", Namespace(run=run))
+    monkeypatch.setattr(planning, "subprocess", Namespace(run=run))
     (ran,) = planned("--only", "dense", "--budget", "5")
     assert "--resume dense" in ran and "--epochs" not in ran
     record = report.read_record(place / "small" / "dense.json")
@@ -332,7 +330,7 @@ def test_what_a_planned_table_refuses(planned, fails, monkeypatch):
     assert "dense, longer, at-once-50" in fails(lambda: planned("--only", "sparse"))
     assert "--list" in fails(benchmark.main, "table")
     failing = Namespace(run=lambda argv: subprocess.CompletedProcess(argv, 2))
-    monkeypatch.setattr(plans, "subprocess", failing)
+    monkeypatch.setattr(planning, "subprocess", failing)
     assert "dense ended with exit code 2" in fails(lambda: planned("--only", "dense"))
 
 

@@ -26,17 +26,16 @@ RUNS = {
     "awd-fp32": "speed --rounds 5 --warmup 1 --only AWD --vocab-size 10000",
     "awd-bf16": "speed --rounds 5 --warmup 1 --only AWD --vocab-size 10000 --amp bf16",
     "generate": f"generate --rounds 5 --warmup 1 --only {BATCHES} AWD --vocab-size 10000",
-    "layers": "layers --rounds 9",
+    "layers": "layers --rounds 9 --warmup 3",
     "evaluation": "evaluation --rounds 3 --tokens 10000",
     "load": "load --rounds 3",
 }
 """{name of a record: what makes it}."""
 REACH = {
-    ("speed", "LSTM, port"): (1.5, 3), ("speed", "LSTM loop, port"): (1.5, 3),
-    ("speed", "LSTM 650 tied, example"): (1.5, 3), ("speed", "RMC, port's form"): (3, 5),
-    ("speed", "RMC, paper's form"): (4, 8), ("speed", "AWD-LSTM"): (1.3, 2.5), ("speed", "AWD-QRNN"): (1.5, 5),
+    "LSTM, port": (1.5, 3), "LSTM loop, port": (1.5, 3), "LSTM 650 tied, example": (1.5, 3),
+    "RMC, port's form": (3, 5), "RMC, paper's form": (4, 8), "AWD-LSTM": (1.3, 2.5), "AWD-QRNN": (1.5, 5),
 }  # fmt: skip
-"""{(kind of record, ours): how many times the peer's speed, in float32 and bfloat16}."""
+"""How many times the peer's speed a training step is to have, in float32 and bfloat16."""
 LAYERS = {"nn.LSTM": (3, 10), "pytorch-qrnn": (1.2, 1.2), "log-space QRNN": (2.5, 2.5), "SRU": (1, 1)}
 """Likewise of a QRNN layer, by the other layer."""
 
@@ -58,7 +57,8 @@ def commands(args):
         for flag in TAKES[kind]:
             argv += [f"--{flag.replace('_', '-')}", str(found[flag])] if flag in found else []
         argv += ["--data", args.data] if kind in ("evaluation", "load") else []
-        argv += ["--rounds", "1", "--warmup", "1"][: 2 if kind in ("evaluation", "load") else 4] if args.quick else []
+        if args.quick:
+            argv += ["--rounds", "1", *(["--warmup", "1"] if "--warmup" in argv else [])]
         argv += ["--threads", str(args.threads)] if args.threads else []
         made.append((name, [kind, *argv, "--record", name, "--results", str(args.results)]))
     return made
@@ -86,8 +86,7 @@ def comparisons(record):
                 found.append(("a generated word", name, peer, ratios, 2))
                 continue
             what = "training step, bf16" if narrow else "training step"
-            reach = REACH.get((kind, name))
-            found.append((what, name, peer, ratios, reach and reach[narrow]))
+            found.append((what, name, peer, ratios, REACH[name][narrow]))
             memory = [rows[peer]["memory_mib"] / row["memory_mib"]]
             found.append((f"peak memory of a {what}", name, peer, memory, 2))
     return found

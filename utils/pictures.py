@@ -3,6 +3,7 @@
 import itertools
 import statistics
 
+from .run_tables import TRAINED
 from .tables import FLOORS, PUBLISHED, PUBLISHED_PARTS, figure4_medians
 
 STYLES = list(zip(("-", "--", ":", "-."), ("o", "s", "^", "D"), strict=True))
@@ -77,7 +78,7 @@ def sparsity_picture(rows, path):
     for name, published, record in rows:
         model = record["model"]
         part = 100 * model["pruned"] / model["parameters"]
-        kind = "while training" if record["kind"] == "training" else "at once"
+        kind = "while training" if record["kind"] == TRAINED else "at once"
         perplexity = record["results"]["test"]["perplexity"]
         kinds[kind][0].append((part, perplexity))
         if kind == "while training":

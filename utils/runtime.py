@@ -123,8 +123,8 @@ def graph(core):
 def compile_passes(core):
     """Compile a core's training passes by torch.compile, for each shape of a window when it first comes.
 
-    A loop over time is unrolled: of a hundred steps that takes a minute or more. On a CPU the kernels of
-    models/compiled.py stay out of what is compiled. Raises UserError where there is no compiler for C++.
+    A loop over time is unrolled. On a CPU the kernels of models/compiled.py stay out of what is compiled.
+    Raises UserError where there is no compiler for C++.
     """
     compiler, eager = os.environ.get("CXX", "g++"), core.forward
     if not shutil.which(compiler):

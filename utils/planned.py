@@ -1,0 +1,141 @@
+"""Planned tables: their rows are run, go on where they were cut, and are rendered with what was published."""
+
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from . import UserError, report
+from .pictures import curves_picture, sparsity_picture
+from .plans import PLANS
+from .run_tables import KINDS, TRAINED, plan_text, records_text
+
+ROOT = Path(__file__).parent.parent
+EVERY = "500"
+"""Batches between checkpoints, so that a run that was killed goes on."""
+SEED = "-seed-"
+"""Between a row's name and the number of a further seed."""
+DONE = ("finished", "max-minutes")
+"""Of a training's status: nothing is left of it to train."""
+
+
+def make(args):
+    """Run what rows of the table args.name are missing, each kept as it ends; the page is rendered after each.
+
+    args: name, only (rows), seeds (how many each), budget (minutes of each training, or None), cuda, runs_dir, results.
+    """
+    rows = [row for row in PLANS[args.name] if not args.only or row.name in args.only]
+    if not rows:
+        raise UserError(f"--only {' '.join(args.only)}: {args.name} has {', '.join(r.name for r in PLANS[args.name])}")
+    runs = Path(args.runs_dir, args.name)
+    for row in rows:
+        for number in range(args.seeds):
+            seed = f"{SEED}{number + 1}" if number else ""
+            if not (args.results / args.name / f"{row.name}{seed}.json").exists():
+                runs.mkdir(parents=True, exist_ok=True)
+                render(args.name, args.results, {f"{row.name}{seed}": _run(row, runs, number, seed, args)})
+    render(args.name, args.results)
+
+
+def _trains(row):
+    return row.commands[-1].startswith("train_")
+
+
+def _run(row, runs, number, seed, args):
+    """The record of a row and seed: of the run that is there, or of its commands, run now."""
+    name = f"{row.name}{seed}"
+    place = runs / name / "run.json" if _trains(row) else runs / f"{name}.json"
+    if not _done(place):
+        for command in row.commands:
+            _call(_argv(command.format(runs=runs, seed=seed), runs, name, number, args), name)
+    if not _done(place):
+        raise UserError(f"{name} has not ended; the same command goes on with it")
+    return report.read_record(place)
+
+
+def _done(place):
+    """Whether there is a record of something that has ended."""
+    if not place.is_file():
+        return False
+    record = report.read_record(place)
+    return bool(record["results"]) and record.get("status", "finished") in DONE
+
+
+def _argv(command, runs, name, number, args):
+    """A command's words as they are run: a training has a name and place, or is gone on with where it was cut."""
+    script, *flags = shlex.split(command)
+    if script.startswith("train_"):
+        folder = runs / name
+        place = ["--runs-dir", str(runs), "--save", str(runs / "model.pt")]
+        if (folder / "last.pt").is_file():
+            flags = [*place[:2], "--resume", name]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # cut before its first checkpoint
+            flags += [*place, "--name", name, "--checkpoint-every", EVERY]
+            flags += ["--seed", str(1111 + number)] if number else []
+            flags += ["--cuda"] if args.cuda else []
+        flags += ["--max-minutes", f"{args.budget:g}"] if args.budget else []
+    elif script == "evaluate.py":
+        flags += ["--record", str(runs / f"{name}.json"), *(["--cuda"] if args.cuda else [])]
+    return [script, *flags]
+
+
+def _call(argv, name):
+    """Run a script of this repository; Ctrl-C is for the script alone until it ends, then ends this, too.
+
+    Raises UserError when it fails.
+    """
+    report.say(f"| {name} | {shlex.join(['python', *argv])}")
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *given: pressed.append(given))
+    try:
+        code = subprocess.run([sys.executable, str(ROOT / argv[0]), *argv[1:]]).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"{name} ended with exit code {code}, its message is above; the same command goes on with it")
+
+
+def render(name, results, added=None, differences=False):
+    """Keep the records {name: record} added in results/NAME/, put all that are there on results/NAME.md as a table.
+
+    Planned rows come first and in their order, with what was published and a picture; other records follow. Nothing is
+    written when a record can't be rendered. differences: for records_text. Raises UserError when there is none.
+    """
+    folder, page = results / name, results / f"{name}.md"
+    found = {path.stem: report.read_record(path) for path in sorted(folder.glob("*.json"))} | (added or {})
+    records = {stem: record for stem, record in found.items() if record["kind"] in KINDS}
+    if not records:
+        raise UserError(f"{folder} holds no run records: name run folders, python benchmark.py table {name} RUN")
+    rows, parts = [], []
+    for row in PLANS.get(name, ()):
+        own = [stem for stem in sorted(records) if stem == row.name or stem.startswith(row.name + SEED)]
+        if own:
+            rows.append((row.name, (row.valid, row.test), [records.pop(stem) for stem in own]))
+    if rows:
+        parts = [plan_text(rows), f"![{name}]({name}.png)\n"]
+        missing = [row.name for row in PLANS[name] if row.name not in [done for done, _, _ in rows]]
+        parts += [f"Not run: {', '.join(missing)}.\n"] if missing else []
+    if records:
+        parts.append(records_text(records, differences))
+    folder.mkdir(parents=True, exist_ok=True)
+    (report.replace_between if page.exists() else report.put_on_page)(page, name, "\n".join(parts))
+    for stem, record in (added or {}).items():
+        report.write_record(folder / f"{stem}.json", record)
+    if rows:
+        draw(name, rows, results / f"{name}.png")
+    report.say(f"| {sum(len(own) for _, _, own in rows) + len(records)} rows in {page}")
+
+
+def draw(name, rows, path):
+    """The picture of a planned table: perplexity over sparsity for pruning, curves for the others."""
+    if name == "pruning":
+        sparsity_picture([(row, published[1], records[0]) for row, published, records in rows], path)
+        return
+    curves = [(row, records[0]) for row, _, records in rows if records[0]["kind"] == TRAINED]
+    if curves:
+        curves_picture(curves, path)
