@@ -122,7 +122,7 @@ def scaling_picture(record, path):
         panel.set_xticks(
             sorted({row["value"] for row in own}), [f"{value:,}" for value in sorted({r["value"] for r in own})]
         )
-        panel.minorticks_off()
+        panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         _plain(panel)
     figure.savefig(path, dpi=110)
 
