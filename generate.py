@@ -7,6 +7,7 @@ import torch
 
 from data.corpus import EOS, UNK, some
 from data.files import atomic_write
+from models import products
 from utils import UserError, checkpoint, cli, program, runtime
 
 WORDS_A_LINE = 20
@@ -29,6 +30,19 @@ def restrict(log_probs, top_k=None, top_p=None):
     return log_probs
 
 
+def draw(probs):
+    """probs (B, V) -> a word of each row by its probability, (1, B), on the CPU and by its generator.
+
+    The first word whose sum with those before it is above a number drawn from 0 to the sum of all. torch.multinomial
+    draws a number for each word.
+    """
+    sums = probs.cpu().double().cumsum(-1)
+    total = sums[:, -1:]
+    point = torch.rand(total.shape, dtype=total.dtype) * total
+    point = point.minimum(total.nextafter(torch.zeros_like(total)))  # rounding must not reach the end
+    return torch.searchsorted(sums, point, right=True).T
+
+
 @torch.inference_mode()
 def sample(model, prompt, words, samples=1, temperature=1.0, top_k=None, top_p=None, banned=(), report=None):
     """Draw `samples` continuations of `prompt`, side by side.
@@ -42,14 +56,15 @@ def sample(model, prompt, words, samples=1, temperature=1.0, top_k=None, top_p=N
     tokens = torch.tensor(prompt, device=device)[:, None].expand(-1, samples)
     banned = torch.tensor(banned, dtype=torch.int64, device=device)
     drawn = []
-    for done in range(words):
-        hidden, state = model.hidden(tokens, state)
-        log_probs = model.log_probs(hidden[-1:])[0].float() / temperature
-        log_probs = restrict(log_probs.index_fill(-1, banned, -torch.inf), top_k, top_p)
-        tokens = torch.multinomial(log_probs.softmax(-1).cpu(), 1).T.to(device)
-        drawn.append(tokens)
-        if report:
-            report(done)
+    with products.fixed_weights():
+        for done in range(words):
+            hidden, state = model.hidden(tokens, state)
+            log_probs = model.log_probs(hidden[-1:])[0].float() / temperature
+            log_probs = restrict(log_probs.index_fill(-1, banned, -torch.inf), top_k, top_p)
+            tokens = draw(log_probs.softmax(-1)).to(device)
+            drawn.append(tokens)
+            if report:
+                report(done)
     return torch.cat(drawn)
 
 

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from .forget_mult import BACKENDS
 from .forget_mult.pooling import CANDIDATES, MODES, pool
+from .products import linear
 from .stack import Stack
 
 
@@ -117,7 +118,7 @@ class QRNNLayer(nn.Module):
         padded = torch.cat([x, previous] if self.reverse else [previous, x]) if self.window > 1 else x
         starts = range(self.window) if self.reverse else range(self.window - 1, -1, -1)
         source = torch.cat([padded[start : start + steps] for start in starts], 2) if self.window > 1 else x
-        gates = functional.linear(source, self.linear.weight if weight is None else weight, self.linear.bias)
+        gates = linear(source, self.linear.weight if weight is None else weight, self.linear.bias)
         if c is None:
             c = x.new_zeros(batch, self.hidden_size, dtype=torch.promote_types(x.dtype, torch.float32))
         update, keep = None, 1.0

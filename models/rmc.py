@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import compiled
-from .products import product_dtype, step_linear
+from .products import linear, product_dtype, step_linear
 from .rmc_walk import Sizes, walk
 
 GATE_STYLES = ("unit", "memory", "none")
@@ -102,13 +102,14 @@ class RelationalMemory(nn.Module):
 
         Between the steps the memory is (B, S, F), so that the rows of an example lie together.
         """
-        x = self.input_projector(x)
-        x_qkv = self.qkv_projector[0](x)
+        x = linear(x, self.input_projector.weight, self.input_projector.bias)
+        x_qkv = linear(x, self.qkv_projector[0].weight, self.qkv_projector[0].bias)
         if not self.port:
             x_qkv = self.qkv_norm[0](x_qkv)
         x_gates = None
         if self.gatestyle != "none":
-            x_gates = self.input_gates(x).unflatten(-1, (2, -1)) + self.gate_bias[:, None]
+            x_gates = linear(x, self.input_gates.weight, self.input_gates.bias)
+            x_gates = x_gates.unflatten(-1, (2, -1)) + self.gate_bias[:, None]
             x_gates = x_gates.flatten(-2)
         memory = memory.transpose(0, 1).contiguous()
         if self.gatestyle == "unit" and self.numblocks == 1 and compiled.usable(memory, self.input_projector.weight):
@@ -209,4 +210,4 @@ class RMC(nn.Module):
     def forward(self, x, state):
         """x (T, B, E), state -> output (T, B, E), state after the last step in its dtype."""
         output, memory = self.memory(x, state[0])
-        return self.projector(output), (memory.to(state[0].dtype),)
+        return linear(output, self.projector.weight, self.projector.bias), (memory.to(state[0].dtype),)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from . import compiled
-from .products import prepare
+from .products import linear, prepare
 
 EPSILON = np.float32(1e-5)
 """Of a layer norm, as torch has it."""
@@ -40,19 +40,25 @@ def walk(x, x_qkv, x_gates, memory, sizes, norms, products, dtype):
     of the layers of the MLP (of the port's one) and of the gates, computed in `dtype`.
     Equations of rmc.RelationalMemory.
     """
+    if len(x) == 1 and not torch.is_grad_enabled():
+        return _once(x, x_qkv, x_gates, memory, sizes, norms, products)
     return _Walk.apply(x, x_qkv, x_gates, memory, sizes, dtype, *norms, *products)
 
 
 class _Kept:
-    """What the steps leave for the way back: normalized rows, probabilities of attention, gates, the MLP's rows."""
+    """What the steps leave for the way back: normalized rows, probabilities of attention, gates, the MLP's rows.
 
-    def __init__(self, shape, q, sizes, dtype):
+    empty: torch's, or numpy's for kernels that are called once.
+    """
+
+    def __init__(self, shape, q, sizes, dtype, empty):
         steps, batch, features = shape
         slots = sizes.memslots
         rows = slots + sizes.joint
+        wide = torch.float32 if empty is torch.empty else np.float32
 
-        def buffer(*shape, dtype=torch.float32):
-            return torch.empty(shape[0], batch, *shape[1:], dtype=dtype)
+        def buffer(*shape, dtype=wide):
+            return empty((shape[0], batch, *shape[1:]), dtype=dtype)
 
         self.qkv, self.attention = buffer(steps, rows, q), buffer(steps, sizes.numheads, rows, slots + 1)
         self.attended, self.finished = buffer(steps, rows, features), buffer(steps, rows, features)
@@ -60,38 +66,56 @@ class _Kept:
         self.gates, self.news = buffer(steps, slots, 2 * features), buffer(steps, slots, features)
         self.inputs = buffer(steps, rows, features, dtype=dtype)
         # of the memory before each step and after the last
-        self.narrow = buffer(steps + 1, slots, features, dtype=dtype)
-        self.narrow_tanh = torch.empty_like(self.narrow)
+        self.narrow, self.narrow_tanh = (buffer(steps + 1, slots, features, dtype=dtype) for _ in range(2))
         self.hidden = [[] for _ in range(sizes.attmlplayers)]
+
+
+def _once(x, x_qkv, x_gates, memory, sizes, norms, products):
+    """A single step, which nothing is kept of: to pack weights or to make tensors would take longer than the step."""
+    inputs = [each.numpy() for each in (x, x_qkv, x_gates, memory)]
+    kept = _Kept(x.shape, x_qkv.shape[2], sizes, np.float32, np.empty)
+
+    def product(weight, bias, relu):
+        finish = torch.relu if relu else lambda y: y
+        return lambda rows: finish(linear(torch.as_tensor(rows), weight, bias)).float()
+
+    calls = [product(*pair, relu) for pair, relu in zip(_pairs(products, sizes), _relus(sizes), strict=True)]
+    kept.narrow[0], kept.narrow_tanh[0] = inputs[3], np.tanh(inputs[3])
+    return torch.from_numpy(_steps(*inputs, sizes, norms, calls, kept, np.empty_like(kept.news)))
+
+
+def _steps(x, x_qkv, x_gates, memory, sizes, norms, calls, kept, memories):
+    """Fill `kept` and `memories` (T, B, S, F), step by step; calls: the products. Returns memories."""
+    project, *mlp, gate = calls
+    for t in range(len(x)):
+        before = memories[t - 1] if t else memory
+        _attend(
+            project(kept.narrow[t]), x_qkv[t], *norms[:4], before, x[t], sizes.headsize,
+            kept.qkv[t], kept.attention[t], kept.attended[t], kept.scales[t], kept.inputs[t],
+        )  # fmt: skip
+        z = kept.inputs[t]
+        for rows, call in zip(kept.hidden, mlp, strict=True):
+            z = call(z)
+            rows.append(z)
+        _gate(
+            z, kept.attended[t], *norms[2:], gate(kept.narrow_tanh[t]), x_gates[t], before,
+            kept.finished[t], kept.scales[t], kept.gates[t], kept.news[t],
+            memories[t], kept.narrow[t + 1], kept.narrow_tanh[t + 1],
+        )  # fmt: skip
+    return memories
 
 
 class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x_qkv, x_gates, memory, sizes, dtype, *parameters):
         norms, pairs = parameters[:6], _pairs(parameters[6:], sizes)
-        kept = _Kept(x.shape, x_qkv.shape[2], sizes, dtype)
-        memories = x.new_empty(*kept.news.shape)
+        kept = _Kept(x.shape, x_qkv.shape[2], sizes, dtype, torch.empty)
         kept.narrow[0], kept.narrow_tanh[0] = memory, torch.tanh(memory)
-        relus = _relus(sizes)
-        project, *mlp, gate = (
+        calls = [
             prepare(weight.to(dtype), bias.to(dtype), relu)
-            for (weight, bias), relu in zip(pairs, [False, *relus, False], strict=True)
-        )
-        for t in range(len(x)):
-            before = memories[t - 1] if t else memory
-            _attend(
-                project(kept.narrow[t]), x_qkv[t], *norms[:4], before, x[t], sizes.headsize,
-                kept.qkv[t], kept.attention[t], kept.attended[t], kept.scales[t], kept.inputs[t],
-            )  # fmt: skip
-            z = kept.inputs[t]
-            for rows, call in zip(kept.hidden, mlp, strict=True):
-                z = call(z)
-                rows.append(z)
-            _gate(
-                z, kept.attended[t], *norms[2:], gate(kept.narrow_tanh[t]), x_gates[t], before,
-                kept.finished[t], kept.scales[t], kept.gates[t], kept.news[t],
-                memories[t], kept.narrow[t + 1], kept.narrow_tanh[t + 1],
-            )  # fmt: skip
+            for (weight, bias), relu in zip(pairs, _relus(sizes), strict=True)
+        ]
+        memories = _steps(x, x_qkv, x_gates, memory, sizes, norms, calls, kept, x.new_empty(kept.news.shape))
         ctx.save_for_backward(x_qkv, memory, memories, *parameters)
         ctx.kept, ctx.sizes, ctx.dtype = kept, sizes, dtype
         return memories
@@ -104,7 +128,7 @@ class _Walk(torch.autograd.Function):
         norms, pairs = parameters[:6], _pairs(parameters[6:], sizes)
         d_memories = d_memories.contiguous()
         project, *mlp, gate = (prepare(weight.to(dtype).t()) for weight, _ in pairs)
-        relus = _relus(sizes)
+        relus = _relus(sizes)[1:-1]
         steps, features = len(memories), memory.shape[2]
         d_x = x_qkv.new_zeros(*x_qkv.shape[:2], features)
         d_x_qkv, d_x_gates = torch.empty_like(x_qkv), x_qkv.new_empty(*x_qkv.shape[:2], 2 * features)
@@ -143,8 +167,9 @@ class _Walk(torch.autograd.Function):
 
 
 def _relus(sizes):
-    """Whether each layer of the MLP ends in a ReLU."""
-    return [sizes.joint or layer + 1 < sizes.attmlplayers for layer in range(sizes.attmlplayers)]
+    """Whether a ReLU follows each product of _pairs."""
+    mlp = [sizes.joint or layer + 1 < sizes.attmlplayers for layer in range(sizes.attmlplayers)]
+    return [False, *mlp, False]
 
 
 def _pairs(products, sizes):

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from . import compiled
 from .lstm import lstm
-from .products import product_dtype, step_linear
+from .products import linear, product_dtype, step_linear
 
 
 def elman_cell(nonlinearity):
@@ -87,7 +87,7 @@ class RNN(nn.Module):
         """x (T, B, E), state as initial_state gives it -> output (T, B, H), state after the last step in its dtype."""
         # cuDNN differentiates only what it is told is training, which the module ties to dropout
         learning = torch.is_grad_enabled() and not self.training
-        if self.loop or learning or own_lstm(self.model, x, self.output_size):
+        if self.loop or learning or own_lstm(self.model, x, self.output_size) or one_step(x):
             output, new_state = self._stack(x, state)
         elif self.model == "LSTM":
             output, new_state = self.rnn(x, state)
@@ -119,13 +119,20 @@ def own_lstm(model, x, size):
     return torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
 
 
+def one_step(x):
+    """Whether x (T, B, E) is one step, which cells take faster than the library: on a CPU that packs weights first."""
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return len(x) == 1 and x.device.type == "cpu"
+
+
 def run_layer(model, x, weights, state, loop=False):
     """One layer of `model`, a name of KINDS, with weights that are arguments: in the loop, or the fastest way.
 
     x (T, B, E), weights as layer_weights gives them, state (1, B, H) each -> output (T, B, H), state after the last.
     """
     w_ih, w_hh, b_ih, b_hh = weights
-    if loop:
+    if loop or one_step(x):
         return _walk(KINDS[model][2], x, weights, state)
     if own_lstm(model, x, w_hh.shape[1]):
         x_gates = functional.linear(x, w_ih, b_ih + b_hh)
@@ -139,7 +146,7 @@ def run_layer(model, x, weights, state, loop=False):
 def _walk(cell, x, weights, state):
     w_ih, w_hh, b_ih, b_hh = weights
     state = tuple(part[0] for part in state)
-    gates = functional.linear(x, w_ih, b_ih).to(state[0].dtype)  # the recurrence is never narrower
+    gates = linear(x, w_ih, b_ih).to(state[0].dtype)  # the recurrence is never narrower
     product, outputs = step_linear(w_hh, b_hh), []
     for x_gates in gates.unbind(0):
         state = cell(x_gates, state, product)

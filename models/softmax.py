@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from . import compiled
-from .products import product_dtype
+from .products import linear, product_dtype
 
 IGNORE = -1
 """A target of this value is not scored."""
@@ -146,7 +146,7 @@ class FullSoftmax(nn.Module):
 
     def log_probs(self, hidden):
         """(..., H) -> (..., V), natural logarithms, float32 or wider."""
-        return functional.log_softmax(_widen(functional.linear(hidden, self.weight, self.bias)), dim=-1)
+        return functional.log_softmax(_widen(linear(hidden, self.weight, self.bias)), dim=-1)
 
     def loss(self, hidden, targets):
         """Sum of -log p(target), in nats, of hidden (T, B, H) and targets (T, B); targets of IGNORE count nothing."""
@@ -170,11 +170,11 @@ class AdaptiveSoftmax(nn.Module):
 
     def log_probs(self, hidden):
         """(..., H) -> (..., V), natural logarithms, float32 or wider."""
-        head = functional.log_softmax(_widen(self.clusters.head(hidden)), dim=-1)
+        head = functional.log_softmax(_widen(linear(hidden, self.clusters.head.weight)), dim=-1)
         shortlist = self.clusters.shortlist_size
         parts = [head[..., :shortlist]]
-        for number, tail in enumerate(self.clusters.tail):
-            own = functional.log_softmax(_widen(tail(hidden)), dim=-1)
+        for number, (down, up) in enumerate(self.clusters.tail):
+            own = functional.log_softmax(_widen(linear(linear(hidden, down.weight), up.weight)), dim=-1)
             parts.append(own + head[..., shortlist + number, None])
         return torch.cat(parts, dim=-1)
 
@@ -213,10 +213,10 @@ class SplitSoftmax(FullSoftmax):
     def log_probs(self, hidden):
         """(..., H) -> (..., V), natural logarithms, float32 or wider."""
         head, tails = self.parts()
-        head = functional.log_softmax(_widen(functional.linear(hidden, *head)), dim=-1)
+        head = functional.log_softmax(_widen(linear(hidden, *head)), dim=-1)
         parts = [head[..., : self.sizes[0]]]
         for number, tail in enumerate(tails):
-            own = functional.log_softmax(_widen(functional.linear(hidden, *tail)), dim=-1)
+            own = functional.log_softmax(_widen(linear(hidden, *tail)), dim=-1)
             parts.append(own + head[..., -1 - number, None])
         return torch.cat(parts, dim=-1)
 

@@ -1,16 +1,19 @@
 """Text from a checkpoint: what is drawn, from which distribution, and where it goes."""
 
 import errno
+import itertools
 import math
 import os
 from fractions import Fraction
 
 import pytest
 import torch
+from test_apart import MODELS, config_of
 
 import generate
 from data.corpus import EOS, UNK
-from utils import UserError, checkpoint
+from models import build, products
+from utils import UserError, checkpoint, runtime
 
 CPU = torch.device("cpu")
 PROMPT = "the w3 w6"
@@ -253,7 +256,49 @@ def test_words_are_drawn_as_often_as_their_probability_says(loaded, arguments, t
     assert distance(drawn, (log_probs * 0.8).log_softmax(-1)) > 6
 
 
-def test_step_by_step_equals_one_pass(loaded, monkeypatch):
+def test_draws_are_those_of_a_walk_along_the_sums():
+    """The first word whose sum in float64 is above the number drawn; never one of probability 0, at either end."""
+    probs = torch.rand(7, 23)
+    probs[:, [0, 5, 6, 22]] = 0
+    probs[3], probs[4] = 0, 0
+    probs[3, 1] = probs[4, 21] = 1e-30
+    torch.manual_seed(2)
+    drawn = torch.cat([generate.draw(probs) for _ in range(300)])
+    torch.manual_seed(2)
+    for words in drawn.tolist():
+        points = torch.rand(7, 1, dtype=torch.float64)[:, 0].tolist()
+        for word, point, row in zip(words, points, probs.tolist(), strict=True):
+            sums = list(itertools.accumulate(row))
+            assert word == next(index for index, value in enumerate(sums) if value > point * sums[-1])
+
+
+@pytest.mark.parametrize(("number", "words"), ((0, [1, 2]), (1, [2, 2])))
+def test_numbers_at_the_ends_draw_the_first_and_the_last_word_there_is(monkeypatch, number, words):
+    """Not those of probability 0 beside them: 0 is drawn now and then, and a number below 1 may round to the sum."""
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype: torch.full(shape, number, dtype=dtype))
+    assert generate.draw(torch.tensor([[0, 0.2, 0.5, 0], [0, 0, 1, 0]])).tolist() == [words]
+
+
+@pytest.mark.parametrize("amp", ("off", "bf16"))
+@pytest.mark.parametrize("head", ({}, {"tied": False, "cutoffs": [5, 11]}, {"splitcross": True, "cutoffs": [5, 11]}))
+@pytest.mark.parametrize(("family", "core"), [*MODELS, ("rmc", {**MODELS[-1][1], "numblocks": 1, "gatestyle": "unit"})])
+@torch.no_grad()
+def test_word_by_word_equals_one_pass_in_every_family(family, core, head, amp):
+    """In one column, where steps are taken another way."""
+    model = build({**config_of(family, core), **head}).eval()
+    tokens = torch.randint(model.vocab_size, (11, 1))
+    want, _ = model.hidden(tokens, model.initial_state(1))
+    want, state, steps = model.log_probs(want), model.initial_state(1), []
+    with products.fixed_weights(), runtime.autocast(CPU, amp):
+        for token in tokens:
+            hidden, state = model.hidden(token[None], state)
+            steps.append(model.log_probs(hidden))
+    error = (torch.cat(steps) - want).norm() / want.norm()
+    assert error < (1e-2 if amp == "bf16" else 1e-5)
+
+
+@pytest.mark.parametrize("samples", (1, 3))
+def test_step_by_step_equals_one_pass(loaded, monkeypatch, samples):
     """Hidden vectors as in one pass over prompt and text, and the same draws from that pass's probabilities."""
     model, _, prompt = loaded
     steps, hidden_step = [], model.hidden
@@ -265,14 +310,14 @@ def test_step_by_step_equals_one_pass(loaded, monkeypatch):
 
     monkeypatch.setattr(model, "hidden", hidden)
     torch.manual_seed(3)
-    drawn = generate.sample(model, prompt, 43, samples=3)
+    drawn = generate.sample(model, prompt, 43, samples=samples)
     monkeypatch.undo()
     hidden, log_probs = teach(model, prompt, drawn)
-    assert drawn.shape == (43, 3) and drawn.dtype == torch.int64
+    assert drawn.shape == (43, samples) and drawn.dtype == torch.int64
     assert [length for length, _ in steps] == [len(prompt)] + [1] * 42
     torch.testing.assert_close(torch.cat([output for _, output in steps]), hidden, rtol=1e-5, atol=1e-6)
     torch.manual_seed(3)
-    assert torch.equal(torch.cat([torch.multinomial(step.softmax(-1), 1).T for step in log_probs]), drawn)
+    assert torch.equal(torch.cat([generate.draw(step.softmax(-1)) for step in log_probs]), drawn)
 
 
 def test_the_flags_decide_what_is_drawn(loaded, text):

@@ -1,11 +1,11 @@
-"""step_linear in a recurrence against functional.linear in the same recurrence."""
+"""step_linear in a recurrence against functional.linear in the same recurrence; linear against float64."""
 
 import pytest
 import torch
 from torch.nn import functional
 
-from models import products
-from models.products import step_linear
+from models import compiled, products
+from models.products import fixed_weights, linear, step_linear
 
 STEPS, BATCH, FEATURES = 11, 3, 7
 
@@ -101,3 +101,78 @@ def test_nothing_is_prepared_when_no_gradient_will_be_asked_for(monkeypatch):
     assert step_linear(weight.detach(), bias.detach())(h).equal(expected)
     with pytest.raises(pytest.fail.Exception):
         step_linear(weight, bias)
+
+
+@pytest.fixture
+def layer():
+    """layer(*SHAPE): x (*SHAPE, 13) and the weight and bias of 17 outputs, parameters of float32."""
+
+    def call(*shape, bias=True):
+        torch.manual_seed(5)
+        x, weight = torch.randn(*shape, 13), torch.nn.Parameter(torch.randn(17, 13))
+        return x, weight, torch.nn.Parameter(torch.randn(17)) if bias else None
+
+    return call
+
+
+def exact(x, weight, bias):
+    """The product in float64."""
+    return functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+
+shapes = pytest.mark.parametrize("shape", ((1,), (1, 1), (2, 1), (1, 2), (3, 1), (5, 7)))
+biases = pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
+
+
+@shapes
+@biases
+@torch.no_grad()
+def test_linear(layer, shape, bias):
+    """Few rows and many, on both sides of the switch of oneDNN, whose setting stays what it was."""
+    leaves = layer(*shape, bias=bias)
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    try:
+        for precision in ("ieee", "bf16"):
+            settings.fp32_precision = precision
+            torch.testing.assert_close(linear(*leaves).double(), exact(*leaves), rtol=1e-5, atol=1e-5)
+            assert settings.fp32_precision == precision
+    finally:
+        settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("shape", ((1,), (1, 1), (2, 1), (1, 2)))
+@biases
+@torch.no_grad()
+def test_linear_of_few_rows_in_bfloat16_rounds_the_weights_only(layer, shape, bias):
+    """The inputs, the sums and the result are float32: as far from float64, with weights of bfloat16, as float32 is."""
+    x, weight, offset = layer(*shape, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16), fixed_weights():
+        first, second = linear(x, weight, offset), linear(x, weight, offset)
+    assert first.dtype == torch.float32
+    torch.testing.assert_close(first.double(), exact(x, weight.bfloat16(), offset), rtol=1e-5, atol=1e-5)
+    assert torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_weights_are_converted_once_and_only_while_they_are_fixed(layer):
+    """Two products, one copy, gone with the `with`; without it, and for what is no parameter, torch's own product."""
+    x, weight, bias = layer(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        with fixed_weights():
+            for _ in range(2):
+                linear(x, weight, bias)
+                assert linear(x, weight[:11], bias[:11]).dtype == torch.bfloat16
+            assert [kept for kept, *_ in products.narrowed.values()] == [weight]
+        weight *= 2
+        assert products.narrowed is None
+        assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
+        with fixed_weights(), compiled.torch_only():
+            assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
+
+
+def test_linear_has_gradients(layer):
+    """Few rows, too: those of functional.linear."""
+    leaves = layer(1)
+    ours, theirs = (torch.autograd.grad(call(*leaves).sum(), leaves[1:]) for call in (linear, functional.linear))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -71,8 +71,9 @@ def test_an_idle_gpu_is_mentioned(gpu, settings):
     assert "run with --cuda" in line and "Imaginary" not in line
 
 
-def test_setup_says_what_holds(no_gpu, settings):
+def test_setup_says_what_holds(no_gpu, settings, monkeypatch):
     """Threads, allocator, denormals, products, precision: each is set and named; no GPU, no hint."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False, "avx512_bf16": True})
     device, line = runtime.setup(flags(threads=2, amp="bf16"))
     assert device == CPU
     assert torch.get_num_threads() == 2
@@ -84,6 +85,13 @@ def test_setup_says_what_holds(no_gpu, settings):
     ]  # fmt: skip
     assert compiled.wanted
     assert "\n" not in line and "--cuda" not in line
+
+
+@pytest.mark.parametrize(("amp", "hints"), (("bf16", 1), ("off", 0)))
+def test_bfloat16_without_units_for_it_gets_a_hint(no_gpu, settings, monkeypatch, amp, hints):
+    """Where it is asked for."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False, "avx512_bf16": False})
+    assert runtime.setup(flags(amp=amp))[1].count("no units for bfloat16") == hints
 
 
 def test_settings_can_be_left_alone(no_gpu, settings, monkeypatch):

@@ -55,6 +55,8 @@ def setup(args):
         f"kernels {'numba' if args.numba else 'torch'}",
         f"amp {args.amp}",
     ]
+    if args.amp == "bf16" and not args.cuda and not has_bf16():
+        settings.append("this processor has no units for bfloat16: --amp off trains faster")
     if torch.cuda.is_available() and not args.cuda:
         settings.append("a GPU is there: run with --cuda to use it")
     return device, " | ".join(settings)
@@ -165,6 +167,11 @@ def use_onednn(wanted):
     if (left @ right - exact).norm() > 1e-5 * exact.norm():
         settings.fp32_precision = "ieee"
     return settings.fp32_precision == "bf16"
+
+
+def has_bf16():
+    """Whether the processor multiplies bfloat16 itself; where it does not, its products take longer than float32's."""
+    return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
 def describe(device):
