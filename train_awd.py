@@ -71,6 +71,7 @@ def build_parser():
 
 CORE = ("model", "emsize", "nhid", "nlayers", "tied", "dropouth", "wdrop", "loop")
 OWN = ("dropoute", "alpha", "beta", "ar_norm")
+WIDTHS = ("nhid", "emsize")
 
 
 def model_config(args, vocab_size):
@@ -81,7 +82,7 @@ def model_config(args, vocab_size):
 
 def main(argv=None):
     """Train as the command line says; returns the run record."""
-    return experiment.train("awd", build_parser(), RECIPES, model_config, argv)
+    return experiment.train(("awd",), build_parser(), RECIPES, model_config, WIDTHS, argv)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def build_parser():
 
 
 CORE = ("emsize", "nhid", "nlayers", "window", "zoneout", "mode", "dropout", "candidate", "backend")
+WIDTHS = ("nhid", "emsize")
 
 
 def model_config(args, vocab_size):
@@ -77,7 +78,7 @@ def model_config(args, vocab_size):
 
 def main(argv=None):
     """Train as the command line says; returns the run record."""
-    return experiment.train("qrnn", build_parser(), RECIPES, model_config, argv)
+    return experiment.train(("qrnn",), build_parser(), RECIPES, model_config, WIDTHS, argv)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def build_parser():
 
 CORE = ("variant", "emsize", "memslots", "headsize", "numheads", "numblocks", "attmlplayers", "keysize")
 CORE += ("gatestyle", "forgetbias", "inputbias")
+WIDTHS = ("headsize", "emsize", "keysize")
 
 
 def model_config(args, vocab_size):
@@ -55,7 +56,7 @@ def model_config(args, vocab_size):
 
 def main(argv=None):
     """Train as the command line says; returns the run record."""
-    return experiment.train("rmc", build_parser(), RECIPES, model_config, argv)
+    return experiment.train(("rmc",), build_parser(), RECIPES, model_config, WIDTHS, argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Train an Elman network, GRU or LSTM on a text corpus."""
+"""Train an Elman network, GRU, LSTM or, for comparison, a small Transformer on a text corpus."""
 
+from models import ModelError
 from models.rnn import KINDS
 from utils import cli, experiment, parsing, program
 
@@ -39,27 +40,44 @@ def build_parser():
     """The flags of this script."""
     parser = cli.training_parser(__doc__)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=tuple(KINDS), default="LSTM", help="kind of recurrent layer")
+    group.add_argument("--model", choices=(*KINDS, "Transformer"), default="LSTM", help="kind of layer")
     group.add_argument("--emsize", type=cli.positive_int, help="features of the word embeddings")
-    group.add_argument("--nhid", type=cli.positive_int, help="hidden units of each layer")
-    group.add_argument("--nlayers", type=cli.positive_int, help="recurrent layers")
+    group.add_argument(
+        "--nhid", type=cli.positive_int, help="hidden units of each layer, of a Transformer's inner ones"
+    )
+    group.add_argument("--nlayers", type=cli.positive_int, help="layers")
     group.add_argument("--dropout", type=cli.probability, help="of embedded words, between layers and of the output")
     group.add_argument("--loop", action="store_true", help="a Python loop over cells instead of the library's kernel")
     group.add_argument("--cudnn", dest="loop", action="store_false", help="the library's kernel, as without --loop")
+    group.add_argument("--nhead", type=cli.positive_int, help="a Transformer's heads; 2 if not given")
+    group.add_argument(
+        "--context",
+        type=cli.positive_int,
+        help="positions a Transformer looks at, its own too; --bptt if not given",
+    )
     return parser
 
 
 CORE = ("model", "emsize", "nhid", "nlayers", "dropout", "loop")
+TRANSFORMER = ("emsize", "nhead", "nhid", "nlayers", "context", "dropout")
+WIDTHS = ("nhid", "emsize")
 
 
 def model_config(args, vocab_size):
-    """The model that the flags describe, for models.build."""
+    """The model that the flags describe, for models.build. Raises ModelError for flags of the other kind of model."""
+    if args.model == "Transformer":
+        if args.loop:
+            raise ModelError("--loop walks over time, which a Transformer does not: leave one of them out")
+        args.nhead, args.context = args.nhead or 2, args.context or args.bptt
+        return parsing.model_config(args, vocab_size, "transformer", TRANSFORMER, args.dropout)
+    if args.nhead or args.context:
+        raise ModelError(f"--nhead and --context go with --model Transformer, got --model {args.model}")
     return parsing.model_config(args, vocab_size, "rnn", CORE, args.dropout)
 
 
 def main(argv=None):
     """Train as the command line says; returns the run record."""
-    return experiment.train("rnn", build_parser(), RECIPES, model_config, argv)
+    return experiment.train(("rnn", "transformer"), build_parser(), RECIPES, model_config, WIDTHS, argv)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from .quantized import Quantized
 from .rmc import RMC, RelationalMemory
 from .rnn import RNN
 from .sparse import Sparse
+from .transformer import Transformer
 
-CORES = {"rmc": RMC, "rnn": RNN, "qrnn": QRNNCore, "awd": AWD}
+CORES = {"rmc": RMC, "rnn": RNN, "qrnn": QRNNCore, "awd": AWD, "transformer": Transformer}
 
 __all__ = [
     "AWD", "CORES", "QRNN", "RMC", "RNN", "BackwardForgetMult", "ForgetMult", "LanguageModel", "ModelError", "QRNNCore",

@@ -14,6 +14,7 @@ from .qrnn import QRNNLayer
 from .rmc import RMC
 from .rnn import RNN, layer_weights
 from .softmax import IGNORE, FullSoftmax
+from .stack import Stack
 
 ACTIVATIONS = {**CANDIDATES, "relu": torch.relu}
 MATRICES = (nn.Embedding, nn.Linear, nn.RNNBase, FullSoftmax)
@@ -254,13 +255,15 @@ class Apart(LanguageModel):
     """A LanguageModel whose every step is an operation of `operations` (Floats to begin with); for evaluation only.
 
     Arguments: LanguageModel's. What is not done in integers is done in the type of the weights, under autocast too.
-    Raises ModelError for a softmax in clusters.
+    Raises ModelError for a softmax in clusters and for a Transformer.
     """
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
         if type(self.head) is not FullSoftmax:
             raise ModelError("a model is taken apart with a full softmax only: its clusters have no operations here")
+        if not isinstance(self.core, (RMC, RNN, Stack)):
+            raise ModelError("a Transformer has no operations here: it can't be quantized or kept in compressed rows")
         self.operations = Floats()
 
     def hidden(self, tokens, state):

@@ -46,6 +46,8 @@ def check_training(script, argv, out):
     small = [] if "--resume" in argv else [*TRAINED[script][1], "--epochs=2"]
     small += ["--cutoffs", "10", "100"] if "--cutoffs" in argv else []
     small += ["--nlayers=2"] if "--compress" in argv else []
+    small += ["--nhead=17"] if "--nhead" in argv else []
+    small += ["--num-params=200000"] if "--num-params" in argv else []
     record = TRAINED[script][0].main([flag for flag in argv if flag != "--cuda"] + small)
     assert sum(epoch["batches"] for epoch in record["history"]["epochs"]) >= 2
     assert record["results"]["test"]["batch_size"] == 1

@@ -28,7 +28,7 @@ CHARACTERS = {"alpha": 0.0, "beta": 0.0, "dropoute": 0.0, "optimizer": "adam", "
 
 def parse(*argv):
     """The flags of a train_awd.py command line."""
-    return parsing.parse_training(train_awd.build_parser(), train_awd.RECIPES, list(argv), family="awd")[0]
+    return parsing.parse_training(train_awd.build_parser(), train_awd.RECIPES, list(argv), families=("awd",))[0]
 
 
 @pytest.mark.parametrize(

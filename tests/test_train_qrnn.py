@@ -20,7 +20,7 @@ PAPER = {
 
 def parse(*argv):
     """The flags of a train_qrnn.py command line."""
-    return parsing.parse_training(train_qrnn.build_parser(), train_qrnn.RECIPES, list(argv), family="qrnn")[0]
+    return parsing.parse_training(train_qrnn.build_parser(), train_qrnn.RECIPES, list(argv), families=("qrnn",))[0]
 
 
 def test_recipes():

@@ -18,7 +18,7 @@ PORT = {
 
 def parse(*argv):
     """The flags of a train_rmc.py command line."""
-    return parsing.parse_training(train_rmc.build_parser(), train_rmc.RECIPES, list(argv), family="rmc")[0]
+    return parsing.parse_training(train_rmc.build_parser(), train_rmc.RECIPES, list(argv), families=("rmc",))[0]
 
 
 @pytest.mark.parametrize(

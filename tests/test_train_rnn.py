@@ -1,6 +1,7 @@
 """train_rnn.py as users call it: the peers' command lines, recipes, wrong input, signals."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -15,6 +16,9 @@ from conftest import ROOT, TINY
 
 import evaluate
 import generate
+import train_awd
+import train_qrnn
+import train_rmc
 import train_rnn
 from models import build
 from utils import checkpoint, parsing
@@ -65,7 +69,7 @@ README_LINES = [
 
 def parse(*argv):
     """The flags of a train_rnn.py command line."""
-    return parsing.parse_training(train_rnn.build_parser(), train_rnn.RECIPES, list(argv), family="rnn")[0]
+    return parsing.parse_training(train_rnn.build_parser(), train_rnn.RECIPES, list(argv), families=("rnn",))[0]
 
 
 @pytest.mark.parametrize(("recipe", "line", "meaning"), README_LINES, ids=[line for _, line, _ in README_LINES])
@@ -107,6 +111,8 @@ def test_every_model_flag_reaches_the_model():
         "adaptivesoftmax",
         "splitcross",
         "cutoffs",
+        "nhead",
+        "context",
     }
     for name, (value, read) in CHANGES.items():
         flag = {True: f"--{name}", False: f"--no-{name}"}.get(value, f"--{name}={value}")
@@ -117,6 +123,78 @@ def test_every_model_flag_reaches_the_model():
             core = model.core
             built = {"model": core.model, "emsize": core.input_size, "nhid": core.output_size}
             assert {**built, "nlayers": core.rnn.num_layers}[name] == value, name
+
+
+def test_a_transformers_flags_reach_it():
+    """Sizes, heads and context, 2 and --bptt if not given, and --nhid, which is its own."""
+    arguments = ("--model", "Transformer", "--emsize", "12", "--nhid", "17", "--nlayers", "3", "--bptt", "7")
+    for flags, heads, context in (([], 2, 7), (["--nhead", "3", "--context", "5"], 3, 5)):
+        config = train_rnn.model_config(parse(*arguments, *flags), 31)
+        model = build(config)
+        assert config["family"] == "transformer" and config["core"]["dropout"] == config["dropout"] == 0.5
+        assert [part.shape[0] for part in model.initial_state(1)] == [context - 1] * 4
+        assert {layer.self_attn.num_heads for layer in model.core.layers} == {heads}
+        assert {layer.linear1.weight.shape for layer in model.core.layers} == {(17, 12)}
+
+
+def test_a_transformer_is_trained_resumed_evaluated_and_writes(train, tmp_path, capsys):
+    """As every other model is; a window's length decides nothing."""
+    record = train("--model", "Transformer", "--emsize", "12", "--nhead", "3", "--epochs", "1", "--name", "first")
+    more = train_rnn.main(["--runs-dir", str(tmp_path / "runs"), "--resume", "first", "--epochs", "2"])
+    assert math.isfinite(record["results"]["test"]["perplexity"]) and len(more["history"]) == 2
+    generate.main(["--checkpoint", str(tmp_path / "model.pt"), "--words", "7", "--outf", "-"])
+    assert len(capsys.readouterr().out.splitlines()[-1].split()) == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    (
+        (["--model", "Transformer", "--loop"], "--loop"),
+        (["--nhead", "2"], "--nhead and --context go with --model Transformer, got --model LSTM"),
+        (["--model", "Transformer", "--emsize", "11", "--nhid", "11"], "--emsize 11 can't be shared by --nhead 2"),
+    ),
+)
+def test_flags_of_another_kind_of_model(fails, tiny_corpus, flags, says):
+    """One line."""
+    assert says in fails(train_rnn.main, "--data", tiny_corpus, *flags)
+
+
+WIDE = {
+    train_rnn: ("--recipe example", "--no-tied", "--model GRU", "--model Transformer --nhead 3", "--adaptivesoftmax"),
+    train_rmc: ("", "--variant port --memslots 2"),
+    train_qrnn: ("--emsize 320",),
+    train_awd: ("", "--model QRNN"),
+}
+
+
+@pytest.mark.parametrize(("module", "flags"), [(module, flags) for module, every in WIDE.items() for flags in every])
+@pytest.mark.parametrize("wanted", (60_000, 1_234_567))
+def test_num_params_finds_the_width(module, flags, wanted):
+    """No other width is nearer; sizes keep their proportions, to a unit (a unit for each head)."""
+    args, _ = parsing.parse_training(
+        module.build_parser(), module.RECIPES, [*flags.split(), "--num-params", f"{wanted:g}"]
+    )
+    parsing.settle_cutoffs(args, 211)
+    before = {name: getattr(args, name) for name in module.WIDTHS}
+    parsing.settle_width(args, module.WIDTHS, lambda: module.model_config(args, 211))
+    first = module.WIDTHS[0]
+    heads = getattr(args, "nhead", None) or 1
+    width, found = getattr(args, first), {}
+    for other in (width - heads, width, width + heads):
+        for name, size in before.items():
+            setattr(args, name, heads * max(1, round(other // heads * size / before[first])))
+        found[other] = abs(build(module.model_config(args, 211)).num_params() - wanted)
+    assert min(found, key=found.get) == width
+
+
+def test_a_run_has_as_many_parameters_as_asked_for(train, fails, tiny_corpus):
+    """The record has the sizes; too few to be had end with one line."""
+    record = train("--num-params", "3e3", "--epochs", "1")
+    core, count = record["model"]["core"], record["model"]["parameters"]
+    assert abs(count - 3000) < 200 and core["nhid"] == core["emsize"] != 11
+    assert "--num-params 10: the narrowest model has" in fails(
+        train_rnn.main, "--data", tiny_corpus, "--num-params", "10"
+    )
 
 
 def test_every_training_flag_is_read():

@@ -77,7 +77,7 @@ seed_number = number(int, 0, 2**63 - 1)
 def training_parser(description):
     """A parser with the flags that every train script has."""
     parser = Parser(description=description)
-    for add in (add_data, add_softmax, add_training, add_compression, add_run, add_runtime):
+    for add in (add_data, add_size, add_softmax, add_training, add_compression, add_run, add_runtime):
         add(parser)
     return parser
 
@@ -98,6 +98,17 @@ def add_data(parser):
         help="types of all three splits, as the papers count them, or of the training split, others become <unk>",
     )
     group.add_argument("--vocab-size", type=number(int, 3), metavar="N", help="keep the N most frequent types")
+
+
+def add_size(parser):
+    """--num-params."""
+    group = parser.add_argument_group("size")
+    group.add_argument(
+        "--num-params",
+        type=number(float, 1),
+        metavar="N",
+        help="make the model so wide that it has N parameters (11e6), its sizes in the proportions given",
+    )
 
 
 def add_softmax(parser):

@@ -20,15 +20,19 @@ DECISIVE = ("optimizer", "lr", "momentum", "schedule", "clip", "wdecay", "epochs
 DECISIVE += ("tied", "init", "seed", "vocab", "vocab_size", "eval_batch", "amp")
 
 
-def train(family, parser, recipes, model_config, argv=None):
+def train(families, parser, recipes, model_config, widths, argv=None):
     """What every train script does: parse flags, load the corpus, build the model's configuration, fit.
 
-    family: of models.CORES. parser, recipes: for parsing.parse_training. model_config: (args, vocabulary size) -> the
-    dictionary for models.build. Returns the run record, None with --summary.
+    families: those of models.CORES that it trains. parser, recipes: for parsing.parse_training. model_config: (args,
+    vocabulary size) -> the dictionary for models.build. widths: names of the flags that --num-params sets.
+    Returns the run record, None with --summary.
     """
-    args, resumed = parsing.parse_training(parser, recipes, argv, family)
+    args, resumed = parsing.parse_training(parser, recipes, argv, families)
     corpus = parsing.load_corpus(args)
-    return fit(args, corpus, model_config(args, len(corpus.vocabulary)), resumed)
+    words = len(corpus.vocabulary)
+    if args.num_params and resumed is None:
+        parsing.settle_width(args, widths, lambda: model_config(args, words))
+    return fit(args, corpus, model_config(args, words), resumed)
 
 
 def fit(args, corpus, config, resumed=None):

@@ -4,7 +4,10 @@ import argparse
 import os
 import sys
 
+import torch
+
 from data import Corpus, find_corpus
+from models import build
 from models.language_model import check_cutoffs
 from models.softmax import default_cutoffs, split_cutoffs
 
@@ -18,11 +21,11 @@ LOCATORS = ("data", "runs_dir", "resume", "name", "summary")
 """Flags that say where things are, the corpus is compared by its checksums; and one that only looks."""
 
 
-def parse_training(parser, recipes, argv=None, family=None):
+def parse_training(parser, recipes, argv=None, families=()):
     """Parse a train script's command line.
 
     recipes: {name: {flag: default}}, the first is the default. Defaults come from the recipe, or on --resume from the
-    run that is resumed, which must be of `family`; a flag given beats both.
+    run that is resumed, which must be of one of `families`; a flag given beats both.
     Returns the flags, and the checkpoint to go on from or None. Errors end the program with one line and exit code 2.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -38,7 +41,7 @@ def parse_training(parser, recipes, argv=None, family=None):
     given = given_flags(parser, argv, args)
     resumed = None
     if args.resume is not None:
-        args, resumed = _resumed(parser, given, early, args, family)
+        args, resumed = _resumed(parser, given, early, args, families)
     else:
         _settle(parser, given, args, recipes[args.recipe])
     args.argv = list(argv)
@@ -91,10 +94,10 @@ def _settle(parser, given, args, recipe):
         args.tied = False
 
 
-def _resumed(parser, given, early, args, family):
+def _resumed(parser, given, early, args, families):
     folder = find_run("--resume", early.resume, early.runs_dir, "last.pt")
     resumed = checkpoint.load(folder.last)
-    checkpoint.expect_family(resumed, folder.last, [family])
+    checkpoint.expect_family(resumed, folder.last, families)
     saved = resumed["args"]
     free = set(MAY_CHANGE) | set(LOCATORS)
     if saved["schedule"] == "onecycle":
@@ -135,6 +138,35 @@ def model_config(args, vocab_size, family, core, dropouti):
         "init": args.init,
         "splitcross": args.splitcross,
     }
+
+
+def settle_width(args, widths, config):
+    """Set the flags named by `widths` so that the model has --num-params parameters, or as nearly as one unit allows.
+
+    They keep their proportions. config: () -> the dictionary for models.build that args describe now.
+    Raises UserError where the narrowest model has more.
+    """
+    sizes = [getattr(args, name) for name in widths]
+    multiple = getattr(args, "nhead", None) or 1
+
+    def parameters(width):
+        for name, size in zip(widths, sizes, strict=True):
+            setattr(args, name, multiple * max(1, round(width * size / sizes[0])))
+        with torch.device("meta"):
+            return build(config()).num_params()
+
+    low, high = 1, 2
+    if parameters(low) > args.num_params:
+        raise UserError(
+            f"--num-params {args.num_params:,.0f}: the narrowest model has {parameters(low):,}; "
+            f"give more, or a smaller --vocab-size"
+        )
+    while parameters(high) <= args.num_params:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if parameters(middle) <= args.num_params else (low, middle)
+    parameters(min((low, high), key=lambda width: abs(parameters(width) - args.num_params)))
 
 
 def load_corpus(args):

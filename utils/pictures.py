@@ -139,13 +139,13 @@ def ahead_picture(comparisons, path):
         middle, number = statistics.median(ratios), kinds.index(what)
         beyond = [[middle - min(ratios)], [max(ratios) - middle]]
         axes.barh(y, middle, 0.7, xerr=beyond, color=f"C{number % 10}", alpha=0.75, hatch=("", "//", "..")[number % 3])
-        axes.text(max(ratios) * 1.05, y, f"{middle:.2f}", va="center", fontsize=7)
+        axes.text(1.01, y, f"{middle:.2f}", va="center", fontsize=7, transform=axes.get_yaxis_transform())
         if reach:
             axes.plot([reach, reach], [y - 0.45, y + 0.45], color="black", lw=2)
     axes.set_yticks(range(len(comparisons)), [f"{what}: {ours} / {peer}" for what, ours, peer, *_ in comparisons])
     axes.tick_params(axis="y", labelsize=7)
     axes.axvline(1, color="0.3", lw=1)
-    axes.invert_yaxis()
+    axes.set_ylim(len(comparisons) - 0.4, -0.6)
     axes.set(xscale="log", xlabel="times as fast as the peer, or as little memory (black: to be reached)")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="x", which="both", color="0.92")

@@ -28,6 +28,8 @@ def model_name(model):
         name = f"RMC {core['variant']} {core['memslots']}x({core['numheads']}x{core['headsize']})"
     elif model["family"] == "qrnn":
         name = f"QRNN {core['mode']} {core['nlayers']}x{core['nhid']} window {core['window']}"
+    elif model["family"] == "transformer":
+        name = f"Transformer {core['nlayers']}x{core['emsize']} context {core['context']}"
     else:
         name = "AWD-" * (model["family"] == "awd")
         name += f"{core['model']} {core['nlayers']}x{core['nhid']}{' loop' if core['loop'] else ''}"

@@ -33,10 +33,12 @@ def remove_units(config, weights, sparsity):
     what the larger one would with those units held at 0; of an RMC it does not, whose norms span all heads.
 
     Returns (config, weights, keep), keep: (name, tensor of the old shape) -> tensor of the new shape.
-    Raises UserError for an adaptive softmax, whose inner sizes are tied to the number of units.
+    Raises UserError for an adaptive softmax, whose inner sizes are tied to the number of units, and a Transformer.
     """
     if config.get("cutoffs") and not config.get("splitcross"):
         raise UserError("--structured: an adaptive softmax can't lose units, its clusters' sizes are made of them")
+    if config["family"] not in AXES:
+        raise UserError(f"--structured: a {config['family']} can't lose units; it is for {', '.join(AXES)}")
     axes = AXES[config["family"]](config)
     totals = {}
     for name, described in axes.items():
