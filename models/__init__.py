@@ -3,6 +3,13 @@
 Axes in every docstring: T time, B batch, E embedding, H hidden, V vocabulary. Time first, batch second, states too.
 """
 
+import os
+
+# before numba is imported: its threads wait at full speed, and where it had more of them than torch, one of two
+# processes under torchrun took seven times as long
+if "OMP_NUM_THREADS" in os.environ:
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"].split(",")[0])
+
 from .awd import AWD
 from .forget_mult import BackwardForgetMult, ForgetMult, forget_mult, recurrence
 from .language_model import LanguageModel, ModelError

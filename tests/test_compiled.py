@@ -9,6 +9,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from models import compiled, softmax
 
@@ -156,6 +157,7 @@ def test_arguments_become_arrays_of_the_same_memory():
 COLD = """
 import sys
 import torch
+from conftest import ROOT
 from models import compiled, softmax
 compiled.announce = print
 random = torch.Generator().manual_seed(1)
@@ -207,3 +209,17 @@ def double(x, out):
     """out (N,) = 2 x (N,)."""
     for place in numba.prange(len(x)):
         out[place] = 2 * x[place]
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    (({"OMP_NUM_THREADS": "1"}, 1), ({"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}, 2)),
+)
+def test_numba_starts_no_more_threads_than_torch_may(given, threads):
+    """As torchrun says it, in the environment; numba's own variable stays what it is."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    code = "import models, numba; print(numba.config.NUMBA_NUM_THREADS)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment | given, capture_output=True, text=True, timeout=100
+    )
+    assert run.stdout.split() == [str(threads)], run.stderr
