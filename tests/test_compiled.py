@@ -157,7 +157,6 @@ def test_arguments_become_arrays_of_the_same_memory():
 COLD = """
 import sys
 import torch
-from conftest import ROOT
 from models import compiled, softmax
 compiled.announce = print
 random = torch.Generator().manual_seed(1)
