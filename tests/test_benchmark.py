@@ -13,7 +13,7 @@ import benchmark
 import train_rmc
 from data import Corpus
 from models import build
-from utils import UserError, measurements, parsing, report, scaling, tables, workers
+from utils import UserError, ahead, measurements, parsing, report, scaling, tables, workers
 
 SMALL = "--emsize 11 --nhid 11 --batch-size 7 --bptt 13"
 
@@ -277,7 +277,7 @@ def test_speed_refuses_what_it_does_not_know(candidates, fails):
     assert "--rounds" in fails(benchmark.main, "speed", "--rounds", 0)
 
 
-@pytest.mark.parametrize("name", ("speed", "qrnn", "awd", "cuda"))
+@pytest.mark.parametrize("name", ("speed", "qrnn", "awd", "cuda", "xeon/speed", "xeon/qrnn"))
 def test_a_page_is_what_its_records_say(name):
     """Each record of a measurement in results/NAME/ is rendered between its markers."""
     page = benchmark.RESULTS / f"{name}.md"
@@ -285,6 +285,12 @@ def test_a_page_is_what_its_records_say(name):
         record = report.read_record(path)
         text = page.read_text(encoding="utf-8").split(f"<!-- {path.stem} -->\n")[1].split(f"<!-- /{path.stem} -->")[0]
         assert text.strip() == tables.RENDERERS[record["kind"]](record).strip(), path.name
+
+
+def test_the_summary_of_the_peers_is_what_the_records_say():
+    """Its table, from the records beside it."""
+    xeon = benchmark.RESULTS / "xeon"
+    assert ahead.summary_text(ahead.every(xeon)) in (xeon / "peers.md").read_text(encoding="utf-8")
 
 
 def test_quality_trains_and_scores(monkeypatch, tiny_corpus, tmp_path, capsys):

@@ -109,13 +109,15 @@ def _over(ours, theirs):
     return [other / own for own, other in zip(ours, theirs, strict=True)]
 
 
+def every(results):
+    """The comparisons of all records of RUNS that are in `results`."""
+    paths = [results / page / f"{name}.json" for name in RUNS for page in ("speed", "qrnn")]
+    return [found for path in paths if path.is_file() for found in comparisons(report.read_record(path))]
+
+
 def summary(results):
     """Render results/peers.md and .png from the records of RUNS that are in `results`."""
-    found = []
-    for name in RUNS:
-        for path in (results / page / f"{name}.json" for page in ("speed", "qrnn")):
-            if path.is_file():
-                found += comparisons(report.read_record(path))
+    found = every(results)
     report.put_on_page(results / "peers.md", "peers", summary_text(found))
     ahead_picture(found, results / "peers.png")
     report.say(f"| {len(found)} comparisons in {results / 'peers.md'}")
