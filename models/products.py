@@ -12,8 +12,10 @@ from . import compiled
 
 ROWS = 1024
 """Rows of inputs that one product for a weight's gradient takes: enough for full speed, few enough for the cache."""
-FEW = 2
+FEW = 3
 """Rows up to which a product on a CPU takes as long as reading the weights."""
+SOME = 48
+"""Rows up to which MKL's product, torch's default, takes up to four times as long as oneDNN's."""
 BLOCKS = 64
 """Parts of a matrix that threads share among themselves."""
 
@@ -39,16 +41,21 @@ def fixed_weights():
 
 
 def linear(x, weight, bias=None):
-    """functional.linear, x (..., K), weight (N, K), bias (N,) or None -> (..., N); faster for FEW rows on a CPU.
+    """functional.linear, x (..., K), weight (N, K), bias (N,) or None -> (..., N); faster for SOME rows on a CPU.
 
-    Without gradients such a product takes as long as reading the weights. In float32 that is torch's own: oneDNN's,
-    which runtime.use_onednn chooses, is twice as slow for so few rows. Under autocast within fixed_weights a parameter
-    is read in bfloat16; x and the result are float32 there.
+    Without gradients the product of FEW rows takes as long as reading the weights. In float32 that is torch's own, also
+    where runtime.use_onednn has chosen oneDNN's, which is twice as slow for so few; SOME more are oneDNN's. Under
+    autocast within fixed_weights a parameter is read in bfloat16 for FEW; x and the result are float32 there.
     """
     rows = x.shape[:-1].numel()
-    if torch.is_grad_enabled() or not compiled.usable(x, weight) or rows > FEW:
+    if torch.is_grad_enabled() or not compiled.usable(x, weight) or not 0 < x.numel() <= SOME * x.shape[-1]:
         return functional.linear(x, weight, bias)
-    if product_dtype(weight) == torch.bfloat16 and narrowed is not None and isinstance(weight, nn.Parameter):
+    dtype = product_dtype(weight)
+    if rows > FEW:
+        if x.dtype == weight.dtype == dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return functional.linear(x, weight, bias)
+    if dtype == torch.bfloat16 and narrowed is not None and isinstance(weight, nn.Parameter):
         if id(weight) not in narrowed:
             offset = weight.new_zeros(len(weight)) if bias is None else bias.float()
             narrowed[id(weight)] = weight, compiled.array(weight.bfloat16()), compiled.array(offset)

@@ -120,8 +120,20 @@ def exact(x, weight, bias):
     return functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
 
 
-shapes = pytest.mark.parametrize("shape", ((1,), (1, 1), (2, 1), (1, 2), (3, 1), (5, 7)))
+shapes = pytest.mark.parametrize("shape", ((1,), (1, 1), (2, 1), (1, 2), (3, 1), (5, 7), (53, 1), (0, 1)))
 biases = pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
+
+
+@biases
+@torch.no_grad()
+def test_linear_of_views(layer, bias):
+    """Rows that are columns elsewhere, rows that are one row, a weight that is another one transposed."""
+    x, weight, offset = layer(5, bias=bias)
+    for rows in (x.t().contiguous().t(), x[:1].expand(5, 13)):
+        for matrix in (weight, weight.t().contiguous().t()):
+            torch.testing.assert_close(
+                linear(rows, matrix, offset).double(), exact(rows, matrix, offset), rtol=1e-5, atol=1e-5
+            )
 
 
 @shapes

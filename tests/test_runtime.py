@@ -128,6 +128,18 @@ def test_onednn_is_used_only_where_it_computes_in_float32(settings, monkeypatch)
     assert runtime.use_onednn(True) is False
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    (("AMD EPYC", True), ("Intel(R) Xeon(R) Processor @ 2.80GHz", False), ("aarch64", True)),
+)
+def test_onednn_is_not_for_intel_unless_asked_for(settings, monkeypatch, name, chosen):
+    """MKL is faster there; --onednn beats the name."""
+    monkeypatch.setattr(runtime, "processor", lambda: name)
+    can = runtime.use_onednn(True)
+    assert runtime.use_onednn(None) is (can and chosen)
+    assert runtime.use_onednn(False) is False
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_kept():
     """Five blocks that come and go cost the pages of less than two; blocks that live side by side are apart."""

@@ -311,8 +311,7 @@ def add_runtime(parser):
     group.add_argument(
         "--onednn",
         action=BooleanOptionalAction,
-        default=True,
-        help="float32 products of the CPU by oneDNN, if they stay float32",
+        help="float32 products of the CPU by oneDNN, if they stay float32; on others than Intel's if not given",
     )
     group.add_argument(
         "--numba",

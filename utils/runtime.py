@@ -152,12 +152,15 @@ def _prepare(core, make):
 def use_onednn(wanted):
     """Let oneDNN compute float32 products on the CPU: on AMD processors it is twice as fast as MKL, torch's default.
 
-    torch sends them there when they may be computed in bfloat16. Processors without units for that compute them in
-    float32 all the same; where a trial shows less than float32, or `wanted` is False, the default stays.
+    On Intel's MKL is the faster one, for what a gradient needs up to twice: there, wanted must be True; None is for
+    others than Intel's. torch sends products to oneDNN when they may be computed in bfloat16. Processors without units
+    for that compute them in float32 all the same; where a trial shows less than float32, the default stays.
     Returns whether oneDNN is used.
     """
     settings = torch.backends.mkldnn.matmul
     settings.fp32_precision = "ieee"
+    if wanted is None:
+        wanted = "Intel" not in processor()
     if not wanted or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
@@ -174,16 +177,19 @@ def has_bf16():
     return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
-def describe(device):
-    """The processor's or the GPU's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def processor():
+    """The processor's name."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
         if names:
-            return f"cpu ({names[0]})"
-    return f"cpu ({platform.processor() or platform.machine()})"
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def describe(device):
+    """The processor's or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({processor()})"
 
 
 def data_parallel(model, device):
