@@ -20,7 +20,12 @@ def table(args):
         return
     if args.name is None:
         raise UserError("table: expected the name of a table, got none; --list shows those that are planned")
-    if args.name in plans.PLANS and not args.runs:
+    trains, measures = (args.name in known and not args.runs for known in (plans.PLANS, plans.MEASURED))
+    asked = {"only": args.only, "budget": args.budget, "seeds": args.seeds > 1, "cuda": args.cuda and not measures}
+    if any(asked.values()) and not trains:
+        flag = next(flag for flag, given in asked.items() if given)
+        raise UserError(f"--{flag} is for tables whose rows are trained, without RUN; --list shows them")
+    if trains or measures:
         planned.make(args)
         return
     added = {}

@@ -24,8 +24,11 @@ RATE, PULL = 5e-5, 2e-3
 """Defaults of --lr and --lamb per 5 words of a segment, those of benkrause/dynamic-evaluation."""
 
 
-def score_splits(model, vocabulary, folder, args, roots):
-    """Print loss and perplexity of valid and test, read with the model's vocabulary; returns the Score of each."""
+def score_splits(model, vocabulary, folder, args, roots, sos):
+    """Print loss and perplexity of valid and test, read with the model's vocabulary; returns the Score of each.
+
+    sos: as evaluation.evaluate takes it.
+    """
     adapted, scores = settings(args), {}
     for split in ("valid", "test"):
         ids, unknown = encode_file(split_file(folder, split), vocabulary)
@@ -33,7 +36,7 @@ def score_splits(model, vocabulary, folder, args, roots):
         if adapted:
             score = evaluation.mean_score(adaptation.read(model, ids, args, roots, label))
         else:
-            score = evaluation.evaluate(model, ids, args.eval_batch, args.amp, label)
+            score = evaluation.evaluate(model, ids, args.eval_batch, args.amp, label, sos)
         note = f" | {unknown:,} unknown words" if unknown else ""
         report.say(
             f"| {split:5s} | loss {score.loss:7.4f} | ppl {score.perplexity:8.2f} | {score.targets:,} targets | "
@@ -53,11 +56,18 @@ def settings(args):
     return " ".join(f"--{name} {value if isinstance(value, str) else format(value, '.4g')}" for name, value in values)
 
 
-def score_text(model, vocabulary, path, args, roots):
-    """Print the log probability of every word of a text file, and the perplexity of each line and of the whole."""
+def score_text(model, vocabulary, path, args, roots, apart):
+    """Print the log probability of every word of a text file, and the perplexity of each line and of the whole.
+
+    apart: as evaluation.score_words takes it.
+    """
     lines = [line.split() for block in read_blocks(path) for line in block.split("\n")[:-1]]
     total = words = unknown = 0
-    scored = evaluation.score_words(vocabulary, lines, lambda ids: adaptation.read(model, ids, args, roots, str(path)))
+
+    def read(ids):
+        return adaptation.read(model, ids, args, roots, None if apart else str(path))
+
+    scored = evaluation.score_words(vocabulary, lines, read, apart)
     for number, line in enumerate(scored, 1):
         loss = -sum(log_prob for _, log_prob, _ in line)
         missing = sum(not known for _, _, known in line)
@@ -176,6 +186,12 @@ def main(argv=None):
         raise UserError(f"{args.checkpoint} holds a model of kind {kind}, not {args.model}: leave out --model")
     if args.dynamic and {"quantization", "native", "sparse"} & saved["config"].keys():
         raise UserError(f"--dynamic: {args.checkpoint} is compressed and can't learn; give the one it was made of")
+    sos = checkpoint.sentence_start(saved, vocabulary)
+    if sos is not None and (args.pointer or args.dynamic or args.tune):
+        raise UserError(
+            f"{args.checkpoint} was trained on sentences, each from the zero state: "
+            f"leave out --pointer, --dynamic and --tune, which read on and on"
+        )
     folder = roots = None
     if args.dynamic == "rms" or not args.text:
         folder = find_corpus(args.data or saved["args"]["data"])
@@ -187,9 +203,9 @@ def main(argv=None):
         adaptation.tune(model, ids[: args.tune_tokens + 1], args, given, roots)
         report.say(f"| chosen on {min(args.tune_tokens, len(ids) - 1):,} words of valid | {settings(args)}")
     if args.text:
-        score_text(model, vocabulary, args.text, args, roots)
+        score_text(model, vocabulary, args.text, args, roots, sos is not None)
         return
-    scores = score_splits(model, vocabulary, folder, args, roots)
+    scores = score_splits(model, vocabulary, folder, args, roots, sos)
     if args.record:
         minutes = (time.monotonic() - start) / 60
         record = report.evaluation_record(model, saved, folder.name, settings(args), scores, minutes, args)

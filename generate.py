@@ -2,10 +2,11 @@
 
 import io
 import sys
+from functools import partial
 
 import torch
 
-from data.corpus import EOS, UNK, some
+from data.corpus import EOS, SOS, UNK, some
 from data.files import atomic_write
 from models import products
 from utils import UserError, checkpoint, cli, program, runtime
@@ -44,11 +45,14 @@ def draw(probs):
 
 
 @torch.inference_mode()
-def sample(model, prompt, words, samples=1, temperature=1.0, top_k=None, top_p=None, banned=(), report=None):
+def sample(
+    model, prompt, words, samples=1, temperature=1.0, top_k=None, top_p=None, banned=(), report=None, sentences=None
+):
     """Draw `samples` continuations of `prompt`, side by side.
 
     prompt: ids, at least one. banned: ids that are never drawn. temperature divides the log probabilities; above 1
-    more diverse. report: called with the number of words done. Randomness comes from torch's CPU generator.
+    more diverse. report: called with the number of words done. sentences: None, or the ids of `<eos>`, after which the
+    state is the zero state again, and of `<sos>`, which is read then. Randomness comes from torch's CPU generator.
     Returns ids, int64 (words, samples), without the prompt.
     """
     device = next(model.parameters()).device
@@ -63,9 +67,19 @@ def sample(model, prompt, words, samples=1, temperature=1.0, top_k=None, top_p=N
             log_probs = restrict(log_probs.index_fill(-1, banned, -torch.inf), top_k, top_p)
             tokens = draw(log_probs.softmax(-1)).to(device)
             drawn.append(tokens)
+            if sentences:
+                eos, sos = sentences
+                ended = tokens == eos
+                tokens = tokens.masked_fill(ended, sos)
+                state = tuple(map(partial(_restart, ended[0]), state, model.initial_state(samples)))
             if report:
                 report(done)
     return torch.cat(drawn)
+
+
+def _restart(ended, part, fresh):
+    """A part of a state (..., B, ...), B at dim 1, that of `fresh` in the columns that have ended (B,)."""
+    return part.where(~ended.view(1, -1, *[1] * (part.dim() - 2)), fresh)
 
 
 def write_text(file, vocabulary, ids):
@@ -102,13 +116,16 @@ def main(argv=None):
     """Parse flags, load the checkpoint, write the text."""
     args = build_parser().parse_args(argv)
     device, _ = runtime.setup(args)
-    model, vocabulary, _ = checkpoint.load_model(args.checkpoint, device)
+    model, vocabulary, saved = checkpoint.load_model(args.checkpoint, device)
     prompt = args.prompt.split()
     unknown = [word for word in prompt if word not in vocabulary.ids]
     if unknown:
         raise UserError(f"--prompt has words that the model does not know: {some(unknown)}; see its training text")
-    ids = [vocabulary.ids[word] for word in [EOS, *prompt]]
+    sos = checkpoint.sentence_start(saved, vocabulary)
+    sentences = None if sos is None else (vocabulary.ids[EOS], sos)
+    ids = [vocabulary.ids[word] for word in [EOS if sos is None else SOS, *prompt]]
     banned = [vocabulary.ids[UNK]] if args.no_unk and UNK in vocabulary.ids else []
+    banned += [] if sos is None else [sos]
     to_screen = args.outf == "-"
     log = sys.stderr if to_screen else sys.stdout
 
@@ -118,7 +135,10 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     with runtime.autocast(device, args.amp):
-        text = sample(model, ids, args.words, args.samples, args.temperature, args.top_k, args.top_p, banned, progress)
+        text = sample(
+            *(model, ids, args.words, args.samples, args.temperature, args.top_k, args.top_p),
+            *(banned, progress, sentences),
+        )
     buffer = io.StringIO()
     write_text(buffer, vocabulary, text)
     if to_screen:

@@ -39,6 +39,7 @@ RECIPES = {
 def build_parser():
     """The flags of this script."""
     parser = cli.training_parser(__doc__)
+    cli.add_sentences(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=(*KINDS, "Transformer"), default="LSTM", help="kind of layer")
     group.add_argument("--emsize", type=cli.positive_int, help="features of the word embeddings")

@@ -68,6 +68,42 @@ def windows(stream, lengths, start=0):
         begin = end
 
 
+def sentences(ids, sos):
+    """Cut a stream (N,) before every id `sos`: a list of arrays, each `sos` and what follows it, two ids or more.
+
+    Raises CorpusError when it does not begin with it.
+    """
+    if not len(ids) or ids[0] != sos:
+        raise CorpusError("a line does not begin with <sos>: make sentences by `python -m data.sentences CORPUS`")
+    return [part for part in np.split(ids, np.flatnonzero(ids == sos)[1:]) if len(part) > 1]
+
+
+def sentence_batches(lengths, batch_size, seed=None):
+    """Which sentences are read side by side, by their lengths: a list of lists of their numbers, B in all but one.
+
+    Those of about one length are together. seed: what numpy.random.default_rng takes; it fixes which of one length are,
+    and the order of the batches; without it the shortest come first.
+    """
+    order = np.arange(len(lengths)) if seed is None else np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(np.asarray(lengths)[order], kind="stable")]
+    parts = [order[begin : begin + batch_size].tolist() for begin in range(0, len(order), batch_size)]
+    if seed is None:
+        return parts
+    return [parts[i] for i in np.random.default_rng([*seed, 1]).permutation(len(parts))]
+
+
+def padded(parts, ignore):
+    """Sentences, arrays of ids, side by side: tokens and targets, each (T, B), int64, of the longest's T.
+
+    Behind the end of a sentence its tokens are 0, its targets `ignore`.
+    """
+    steps = max(map(len, parts)) - 1
+    tokens, targets = np.zeros((steps, len(parts)), np.int64), np.full((steps, len(parts)), ignore, np.int64)
+    for column, part in enumerate(parts):
+        tokens[: len(part) - 1, column], targets[: len(part) - 1, column] = part[:-1], part[1:]
+    return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+
 def scored_columns(ids, batch_size, warmup, ignore):
     """Columns for evaluation, in which every one of the N-1 targets of a stream (N,) counts exactly once.
 

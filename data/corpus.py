@@ -19,6 +19,7 @@ from . import pydocs
 from .files import CorpusError, atomic_write
 
 EOS = "<eos>"
+SOS = "<sos>"
 UNK = "<unk>"
 SPLITS = ("train", "valid", "test")
 CACHE_FORMAT = 1
@@ -54,6 +55,15 @@ class Vocabulary:
             )
         ids = map(self.ids.get, words, repeat(self.ids.get(UNK)))
         return np.fromiter(ids, np.int32, len(words)), unknown
+
+    def sentence_start(self):
+        """The id of `<sos>`. Raises CorpusError where no sentence begins with it."""
+        if SOS not in self.ids:
+            raise CorpusError(
+                f"--sentences: the text has no {SOS}, which a sentence begins with; "
+                f"make one that has by `python -m data.sentences CORPUS`"
+            )
+        return self.ids[SOS]
 
 
 class Corpus:

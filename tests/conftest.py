@@ -13,6 +13,7 @@ import torch
 import evaluate
 import generate
 import train_rnn
+from data import sentences
 from models import compiled
 from utils import checkpoint, program
 
@@ -52,6 +53,14 @@ def write_tiny_corpus(folder):
 def tiny_corpus(tmp_path_factory):
     """A small made-up corpus, written once."""
     return write_tiny_corpus(tmp_path_factory.mktemp("corpora") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_sentences(tiny_corpus, tmp_path_factory):
+    """The lines of tiny_corpus as sentences, of 30 words with <sos>."""
+    folder = tmp_path_factory.mktemp("sentences") / "tiny-sentences"
+    sentences.make(str(tiny_corpus), folder)
+    return folder
 
 
 TINY = ["--emsize=11", "--nhid=11", "--batch-size=7", "--bptt=13", "--epochs=2", "--eval-batch=3", "--threads=1"]

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from data.batching import (
     column_starts,
     columns,
+    padded,
     rotated,
     scored_columns,
+    sentence_batches,
+    sentences,
     variable_lengths,
     window_lengths,
     windows,
@@ -207,3 +210,40 @@ def test_fewer_targets_than_columns_are_refused(count, batch_size, targets):
     assert str(error.value).startswith(f"{count} tokens have {targets} targets, fewer than {batch_size} columns")
     assert "--eval-batch" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=5), min_size=1, max_size=30), st.integers(1, 7))
+def test_sentences_lose_nothing(lines, batch_size):
+    """Cut and put together again: each sentence but those without a target, in one batch, its targets where it has."""
+    stream = np.array([id for line in lines for id in (0, *line)], np.int32)
+    parts = sentences(stream, 0)
+    assert [part[1:].tolist() for part in parts] == [line for line in lines if line]
+    for seed in (None, [3, 1]):
+        batches = sentence_batches([len(part) for part in parts], batch_size, seed)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(parts)))
+        assert sum(len(batch) < batch_size for batch in batches) <= 1
+        for batch in batches:
+            tokens, targets = padded([parts[i] for i in batch], IGNORE)
+            for column, number in enumerate(batch):
+                steps = len(parts[number]) - 1
+                assert tokens[:steps, column].tolist() == parts[number][:-1].tolist()
+                assert targets[:steps, column].tolist() == parts[number][1:].tolist()
+                assert (targets[steps:, column] == IGNORE).all() and len(targets) >= steps
+
+
+def test_sentences_of_a_batch_have_one_length():
+    """17 of 2 and 17 of 5 in batches of 17; a seed decides which batch comes first, and who are side by side."""
+    lengths = [2, 5] * 17
+    orders = [sentence_batches(lengths, 17, [seed]) for seed in range(8)]
+    assert all(len({lengths[i] for i in batch}) == 1 for order in orders for batch in order)
+    assert len({lengths[order[0][0]] for order in orders}) == 2
+    assert sentence_batches(lengths, 17, [5]) == orders[5] != orders[4]
+    assert [sorted(batch) for batch in sentence_batches(lengths, 5, [1])] != [
+        sorted(batch) for batch in sentence_batches(lengths, 5, [2])
+    ]
+
+
+def test_a_text_that_does_not_begin_with_a_sentence_is_refused():
+    """Its first words would be nobody's."""
+    with pytest.raises(CorpusError, match="does not begin with <sos>"):
+        sentences(np.array([3, 0, 4]), 0)

@@ -226,6 +226,9 @@ def test_planned_commands_are_of_their_scripts(name, tmp_path):
         assert row.name not in before
         for command in row.commands:
             script, *flags = shlex.split(command.format(runs="RUNS", seed=""))
+            if script == "-m":
+                assert flags == ["data.sentences", "data/wikitext-2"]
+                continue
             for flag, value in itertools.pairwise(flags):
                 if flag in ("--start-from", "--finetune"):
                     assert value in before
@@ -241,12 +244,45 @@ def test_planned_commands_are_of_their_scripts(name, tmp_path):
         before.append(row.name)
 
 
+@pytest.mark.parametrize("name", plans.MEASURED)
+def test_planned_measurements_are_of_benchmark(name):
+    """Each parses and keeps a record."""
+    for line in plans.MEASURED[name]:
+        assert benchmark.build_parser().parse_args(shlex.split(line.format(runs="RUNS"))).record
+
+
+def test_planned_measurements_run_once(monkeypatch, place, capsys):
+    """Those without a record run, into the folder asked for; --list shows them."""
+    ran = []
+
+    def call(argv, env):
+        ran.append(shlex.join(argv[1:]))
+        (place / "speed").mkdir(exist_ok=True)
+        (place / "speed" / f"{argv[argv.index('--record') + 1]}.json").touch()
+        return subprocess.CompletedProcess(argv, 0)
+
+    for module in (plans, planning):
+        monkeypatch.setattr(module, "MEASURED", {"fast": ("speed --record one", "layers {runs}/x --record two")})
+    monkeypatch.setattr(planning, "subprocess", Namespace(run=call))
+    for _ in range(2):
+        benchmark.main(["table", "fast", "--runs-dir", "here", "--results", str(place)])
+    script = Path(benchmark.__file__)
+    assert ran == [
+        f"{script} speed --record one --results {place}",
+        f"{script} layers here/x --record two --results {place}",
+    ]
+    assert f"two in {place / 'speed'}.md" in capsys.readouterr().out
+    benchmark.main(["table", "--list"])
+    assert "fast\n  benchmark.py speed --record one" in capsys.readouterr().out
+
+
 @pytest.fixture
 def planned(monkeypatch, tiny_corpus, place, tmp_path):
     """planned(*FLAGS): benchmark.py table small, planned with three rows; the commands that it ran, in this process."""
     ran = []
 
-    def call(argv):
+    def call(argv, env):
+        assert env["PYTHONPATH"].split(os.pathsep)[0] == str(planning.ROOT)
         ran.append(shlex.join(argv[2:]))
         module = importlib.import_module(Path(argv[1]).stem)
         module.main(argv[2:])
@@ -308,9 +344,9 @@ def test_a_planned_training_that_was_cut_goes_on(planned, place, tmp_path, monke
     """Ctrl-C is for the training, ends the table after it, and the same command resumes; records name both commands."""
     run = planning.subprocess.run
 
-    def interrupted(argv):
+    def interrupted(argv, env):
         os.kill(os.getpid(), signal.SIGINT)
-        return run([*argv, "--max-minutes", "0.00001"])
+        return run([*argv, "--max-minutes", "0.00001"], env=env)
 
     monkeypatch.setattr(planning, "subprocess", Namespace(run=interrupted))
     monkeypatch.setattr(planning, "DONE", ("finished",))
@@ -329,7 +365,10 @@ def test_what_a_planned_table_refuses(planned, fails, monkeypatch):
     """Rows that there are not; a table without a name; a script that fails."""
     assert "dense, longer, at-once-50" in fails(lambda: planned("--only", "sparse"))
     assert "--list" in fails(benchmark.main, "table")
-    failing = Namespace(run=lambda argv: subprocess.CompletedProcess(argv, 2))
+    assert "--budget is for tables" in fails(benchmark.main, "table", "other", "--budget", "3")
+    assert "--seeds is for tables" in fails(benchmark.main, "table", "small", "RUN", "--seeds", "2")
+    assert "--only is for tables" in fails(benchmark.main, "table", "rmc-speed", "--only", "RMC")
+    failing = Namespace(run=lambda argv, env: subprocess.CompletedProcess(argv, 2))
     monkeypatch.setattr(planning, "subprocess", failing)
     assert "dense ended with exit code 2" in fails(lambda: planned("--only", "dense"))
 

@@ -20,7 +20,7 @@ import train_awd
 import train_qrnn
 import train_rmc
 import train_rnn
-from data import prepare, pydocs
+from data import prepare, pydocs, sentences
 from models.forget_mult import doctor, nvrtc
 from utils import compressed, measurements, scaling, workers
 
@@ -159,6 +159,9 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folde
         elif argv[:2] == ["-m", "data.prepare"]:
             check_prepare(argv[2:], out, corpus_folder(argv[2]))
             small_splits(tmp_path / "data" / argv[2])
+        elif argv[:2] == ["-m", "data.sentences"]:
+            assert not sentences.main(argv[2:])
+            assert "sentences of" in out()
         elif argv == ["-m", "models.forget_mult.doctor"]:
             monkeypatch.setattr(nvrtc, "architectures", lambda path: [80])
             doctor.main()
@@ -191,7 +194,7 @@ def test_the_python_of_the_readme():
 
 def small_splits(folder):
     """Cut a corpus to its first lines, so that an epoch is a few updates."""
-    for split, lines in (("train", 400), ("valid", 40), ("test", 40)):
+    for split, lines in (("train", 120), ("valid", 15), ("test", 15)):
         path = folder / f"{split}.txt"
         text = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(text[:lines]), encoding="utf-8")

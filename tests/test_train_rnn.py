@@ -201,7 +201,7 @@ def test_every_training_flag_is_read():
     """No flag of the train scripts is parsed and then forgotten: each name is used in the code that trains."""
     source = "".join(
         (ROOT / "utils" / f"{name}.py").read_text()
-        for name in ("experiment", "trainer", "optim", "runtime", "parsing", "pruning")
+        for name in ("experiment", "text", "trainer", "optim", "runtime", "parsing", "pruning")
     )
     source += (ROOT / "train_rnn.py").read_text()
     for action in train_rnn.build_parser()._actions:

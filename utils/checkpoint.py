@@ -120,6 +120,11 @@ def expect_family(checkpoint, path, families):
         raise UserError(f"{path} is a checkpoint of family {family!r}, expected {' or '.join(map(repr, families))}")
 
 
+def sentence_start(checkpoint, vocabulary):
+    """The id of `<sos>` for a model that was trained on sentences, each from the zero state; None for any other."""
+    return vocabulary.sentence_start() if checkpoint["args"].get("sentences") else None
+
+
 def load_weights(model, checkpoint, path):
     """Copy the checkpoint's weights into a model. Raises UserError when names or shapes differ."""
     try:

@@ -77,6 +77,7 @@ seed_number = number(int, 0, 2**63 - 1)
 def training_parser(description):
     """A parser with the flags that every train script has."""
     parser = Parser(description=description)
+    parser.set_defaults(sentences=False)
     for add in (add_data, add_size, add_softmax, add_training, add_compression, add_run, add_runtime):
         add(parser)
     return parser
@@ -98,6 +99,16 @@ def add_data(parser):
         help="types of all three splits, as the papers count them, or of the training split, others become <unk>",
     )
     group.add_argument("--vocab-size", type=number(int, 3), metavar="N", help="keep the N most frequent types")
+
+
+def add_sentences(parser):
+    """--sentences."""
+    parser.add_argument(
+        "--sentences",
+        action="store_true",
+        help="read each sentence from the zero state, those of one length side by side, --batch-size of them, instead "
+        "of --bptt steps of a text that is read on and on; their corpus is made by python -m data.sentences CORPUS",
+    )
 
 
 def add_size(parser):
@@ -182,6 +193,12 @@ def add_training(parser):
         help="start from the best model of this run (name or folder) or from a checkpoint, pruned weights stay pruned",
     )
     group.add_argument("--epochs", type=positive_int, default=100, help="upper epoch limit")
+    group.add_argument(
+        "--train-tokens",
+        type=number(int, 2),
+        metavar="N",
+        help="train on the first N tokens of the training split only; the vocabulary stays the corpus's",
+    )
     group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="columns of text")
     group.add_argument("--bptt", type=positive_int, default=100, metavar="T", help="steps of each window")
     group.add_argument(

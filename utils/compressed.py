@@ -18,7 +18,7 @@ from models import build
 from models.native import Int8, narrow
 from models.sparse import Rows, compressed_rows
 
-from . import checkpoint, report, runtime, timing
+from . import UserError, checkpoint, report, runtime, timing
 from . import quantization as integers
 from .distiller import Distiller
 from .evaluation import evaluate
@@ -97,7 +97,8 @@ class Measured:
     def score(self, folder, split, batch_size, tokens):
         """Perplexity of the first `tokens` of a split; all if None."""
         ids, _ = encode_file(split_file(folder, split), self.vocabulary)
-        return evaluate(self.model, ids[:tokens], batch_size, self.amp).perplexity
+        sos = checkpoint.sentence_start(self.saved, self.vocabulary)
+        return evaluate(self.model, ids[:tokens], batch_size, self.amp, sos=sos).perplexity
 
 
 class Simulated:
@@ -106,6 +107,8 @@ class Simulated:
     def __init__(self, path, args):
         runtime.setup(args)
         self.model, _, self.saved = checkpoint.load_model(path, "cpu")
+        if self.saved["args"].get("sentences"):
+            raise UserError(f"{path} was trained on sentences: distiller's table is of a text that is read on and on")
 
     def collect(self, ids):
         """Take statistics from a text."""

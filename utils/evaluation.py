@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.batching import scored_columns, window_lengths, windows
-from data.corpus import EOS
+from data.batching import padded, scored_columns, sentence_batches, sentences, window_lengths, windows
+from data.corpus import EOS, SOS
 from models.softmax import IGNORE
 
 from . import report, runtime
@@ -51,34 +51,48 @@ def mean_score(log_probs):
 
 
 @torch.inference_mode()
-def evaluate(model, ids, batch_size=1, amp="off", label=None):
+def evaluate(model, ids, batch_size=1, amp="off", label=None, sos=None):
     """Score of a stream of ids (N,): each of its N-1 targets once, whatever the batch size.
 
     batch_size 1 is what reported figures use: one pass from the zero state to the end. With B > 1 columns, every
     column but the first reads WARMUP tokens before its own, unscored, so that its state is not cold.
+    sos: None, or the id that every sentence begins with, which is a target of none; each is read from the zero state,
+    B side by side.
     label: shown with progress; None shows none. The model is put into evaluation mode and back.
 
-    Raises CorpusError when there are fewer targets than columns.
+    Raises CorpusError when there are fewer targets than columns, or no sentences.
     """
     device = next(model.parameters()).device
-    warm, tokens, targets = (part.to(device) for part in scored_columns(ids, batch_size, WARMUP, IGNORE))
+    if sos is None:
+        warm, *whole = (part.to(device) for part in scored_columns(ids, batch_size, WARMUP, IGNORE))
+        parts = list(zip(*(each.split(STEPS) for each in whole), strict=True))
+    else:
+        apart = sentences(ids, sos)
+        order = sentence_batches([len(part) for part in apart], batch_size)
+        parts = [padded([apart[i] for i in batch], IGNORE) for batch in order]
+    count = int(sum((targets != IGNORE).sum() for _, targets in parts))
     training = model.training
     model.eval()
-    state = model.initial_state(batch_size)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     with runtime.autocast(device, amp):
-        if batch_size > 1:
-            state = model.initial_state(batch_size - 1)
-            for begin in range(0, len(warm), STEPS):
-                _, state = model.hidden(warm[begin : begin + STEPS], state)
-            state = tuple(torch.cat(parts, 1) for parts in zip(model.initial_state(1), state, strict=True))
-        for begin in report.progress(range(0, len(tokens), STEPS), label):
-            window = slice(begin, begin + STEPS)
-            window_loss, _, _, state = model(tokens[window], targets[window], state)
+        state = _warmed(model, warm) if sos is None else None
+        for tokens, targets in report.progress(parts, label):
+            before = model.initial_state(tokens.shape[1]) if sos is not None else state
+            window_loss, _, _, state = model(tokens.to(device), targets.to(device), before)
             loss += window_loss.sum()
     model.train(training)
-    count = len(ids) - 1
     return Score(loss.item() / count, count, batch_size)
+
+
+def _warmed(model, warm):
+    """The state before the first window of columns, all but the first of which have read warm (W, B-1) before."""
+    first, columns = model.initial_state(1), warm.shape[1]
+    if not columns:
+        return first
+    state = model.initial_state(columns)
+    for begin in range(0, len(warm), STEPS):
+        _, state = model.hidden(warm[begin : begin + STEPS], state)
+    return tuple(torch.cat(parts, 1) for parts in zip(first, state, strict=True))
 
 
 def trace(model, ids, steps=None, amp="off", label=None, temperatures=(1.0,), learner=None, keep=False):
@@ -126,14 +140,14 @@ def _tempered(log_probs, own, temperature):
     return own / temperature - (log_probs / temperature).logsumexp(1, keepdim=True)
 
 
-def score_words(vocabulary, lines, read):
+def score_words(vocabulary, lines, read, apart=False):
     """Log probability of every word of a text, each given all words before it; the text starts after an `<eos>`.
 
     lines: lists of words, without `<eos>`; each line is scored with the `<eos>` at its end. read: a function from
-    ids (N,) to the log probability of the N-1 targets.
+    ids (N,) to the log probability of the N-1 targets. apart: each line is a sentence by itself, after `<sos>`.
     Returns for each line a list of (word, log probability in nats, whether the vocabulary has the word).
     """
     lines = [[*line, EOS] for line in lines]
-    words = [EOS, *itertools.chain.from_iterable(lines)]
-    log_probs = iter(read(vocabulary.encode(words)[0]).tolist())
+    texts = [[SOS, *line] for line in lines] if apart else [[EOS, *itertools.chain.from_iterable(lines)]]
+    log_probs = itertools.chain.from_iterable(read(vocabulary.encode(text)[0]).tolist() for text in texts)
     return [[(word, next(log_probs), word in vocabulary.ids) for word in line] for line in lines]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from data.batching import columns, scored_columns
+from data.batching import scored_columns, sentences
 from models import build
 from models.softmax import IGNORE
 
@@ -14,6 +14,7 @@ from .distributed import Processes
 from .pruning import chosen_schedule
 from .report import RunFolder
 from .summary import summary_text
+from .text import Columns, Sentences
 from .trainer import Trainer
 
 DECISIVE = ("optimizer", "lr", "momentum", "schedule", "clip", "wdecay", "epochs", "batch_size", "bptt", "dropout")
@@ -76,13 +77,8 @@ def _fit(args, corpus, config, resumed, device, machine):
         (runtime.compile_passes if args.compile else runtime.graph)(model.core)
     if processes.size > 1:
         replicas, parts = processes.replicate(model), processes.size
-    stream = columns(corpus.train, args.batch_size)
-    if args.batch_size % parts:
-        stream = stream[:, : args.batch_size // parts * parts]
-        report.say(f"| {stream.shape[1]} of {args.batch_size} columns are used: {parts} equal parts")
-    if not stream.shape[1]:
-        raise UserError(f"--batch-size {args.batch_size} can't be split into {parts} parts: give each a column or more")
-    stream = processes.own_columns(stream).to(device)
+    sos = corpus.vocabulary.sentence_start() if args.sentences else None
+    text = Sentences(args, corpus, sos, processes) if args.sentences else Columns(args, corpus, parts, processes)
     if processes.rank > 0:
         folder = report.NoFolder()
     elif resumed is None:
@@ -93,7 +89,7 @@ def _fit(args, corpus, config, resumed, device, machine):
         for part in folder.path.glob(".*.tmp"):  # a process killed while it wrote
             part.unlink()
     with report.closing_logs(folder):
-        run = Trainer(args, corpus, config, model, replicas, stream, folder, processes, pruned)
+        run = Trainer(args, corpus, config, model, replicas, text, sos, folder, processes, pruned)
         folder.open_logs(resumed and resumed["position"]["log_sizes"])
         if resumed is None:
             folder.log(f"| {report.command(args.argv)}", "train")
@@ -127,11 +123,15 @@ def start_from(args, corpus, model, family):
 def check_ends(args, corpus):
     """Find before training what would end it after the first epoch.
 
-    Raises CorpusError for splits too short to evaluate, UserError for a --save without a folder or an --onnx-export
+    Raises CorpusError for splits that can't be evaluated, UserError for a --save without a folder or an --onnx-export
     without its package.
     """
-    scored_columns(corpus.valid, args.eval_batch, 0, IGNORE)
-    scored_columns(corpus.test, 1, 0, IGNORE)
+    if args.sentences:
+        for ids in (corpus.valid, corpus.test):
+            sentences(ids, corpus.vocabulary.sentence_start())
+    else:
+        scored_columns(corpus.valid, args.eval_batch, 0, IGNORE)
+        scored_columns(corpus.test, 1, 0, IGNORE)
     parent = Path(args.save).resolve().parent
     if not parent.is_dir():
         raise UserError(f"--save {args.save}: there is no folder {parent}; make it, or choose another place")

@@ -5,16 +5,20 @@ from contextlib import contextmanager
 
 import torch
 
-OPTIMIZERS = ("sgd", "ntasgd", "adam")
+OPTIMIZERS = ("sgd", "ntasgd", "adam", "adamw")
 NT_RULES = ("code", "paper")
 
 
 def build_optimizer(args, parameters):
-    """SGD (with momentum; ntasgd, too) or Adam, each in one pass over its memory; weight decay is L2 after clipping."""
+    """SGD (with momentum; ntasgd, too), Adam or AdamW, each in one pass over its memory.
+
+    Weight decay is L2 after clipping; AdamW's is taken from the weights themselves, times the rate.
+    """
     if args.optimizer in ("sgd", "ntasgd"):
         return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.wdecay, fused=True)
     betas = tuple(args.betas)
-    return torch.optim.Adam(parameters, lr=args.lr, betas=betas, weight_decay=args.wdecay, fused=True)
+    kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=args.lr, betas=betas, weight_decay=args.wdecay, fused=True)
 
 
 @contextmanager

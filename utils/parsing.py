@@ -63,7 +63,7 @@ def _settle(parser, given, args, recipe):
         parser.error(f"--decay goes with --schedule step, got --schedule {args.schedule}")
     if (args.when is not None) != (args.schedule == "when"):
         parser.error(f"--when and --schedule when go together, got --when {args.when}, --schedule {args.schedule}")
-    if args.optimizer == "adam" and args.schedule == "onecycle" and not 0.05 <= args.betas[0] < 0.95:
+    if args.optimizer in ("adam", "adamw") and args.schedule == "onecycle" and not 0.05 <= args.betas[0] < 0.95:
         parser.error(f"--betas {args.betas[0]:g}: onecycle moves it by 0.05 both ways, give one of 0.05 to below 0.95")
     if args.finetune and args.start_from:
         parser.error("--finetune and --start-from exclude each other: both name the weights to start from")
@@ -74,6 +74,11 @@ def _settle(parser, given, args, recipe):
             parser.error(f"--finetune averages: it goes with --optimizer ntasgd, got {args.optimizer}")
         args.finetune = str(find_run("--finetune", args.finetune, args.runs_dir, "best.pt").best)
         args.bptt_max = args.bptt_max or args.bptt + 10
+    if args.sentences and (args.variable_bptt or args.partial_shuffle or args.cuda_graphs or args.compile):
+        parser.error(
+            "--sentences has batches of their own lengths: leave out --variable-bptt, --partial-shuffle, "
+            "--cuda-graphs and --compile"
+        )
     if args.cuda_graphs and (not args.cuda or args.amp != "off" or args.variable_bptt):
         parser.error("--cuda-graphs takes windows of one length in float32: give --cuda, --no-variable-bptt, no --amp")
     if args.compile and (args.cuda_graphs or args.variable_bptt):
@@ -170,11 +175,14 @@ def settle_width(args, widths, config):
 
 
 def load_corpus(args):
-    """The corpus that --data, --vocab and --vocab-size name; sets --cutoffs where they are to be derived from it.
+    """The corpus that --data, --vocab and --vocab-size name, of its training split --train-tokens.
+
+    Sets --cutoffs where they are to be derived from it.
 
     Raises CorpusError, and ModelError for cutoffs that do not fit the vocabulary.
     """
     corpus = Corpus.load(find_corpus(args.data), args.vocab, args.vocab_size, notice=report.say)
+    corpus.train = corpus.train[: args.train_tokens]
     settle_cutoffs(args, len(corpus.vocabulary))
     if args.cutoffs is not None:
         kind = "adaptive" if args.adaptivesoftmax else "split"

@@ -1,5 +1,6 @@
 """Planned tables: their rows are run, go on where they were cut, and are rendered with what was published."""
 
+import os
 import shlex
 import shutil
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from . import UserError, report
 from .pictures import curves_picture, sparsity_picture
-from .plans import PLANS
+from .plans import MEASURED, PLANS
 from .run_tables import KINDS, TRAINED, plan_text, records_text
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +26,11 @@ def make(args):
     """Run what rows of the table args.name are missing, each kept as it ends; the page is rendered after each.
 
     args: name, only (rows), seeds (how many each), budget (minutes of each training, or None), cuda, runs_dir, results.
+    Raises UserError for rows that there are not, and when a script fails.
     """
+    if args.name in MEASURED:
+        measure(args)
+        return
     rows = [row for row in PLANS[args.name] if not args.only or row.name in args.only]
     if not rows:
         raise UserError(f"--only {' '.join(args.only)}: {args.name} has {', '.join(r.name for r in PLANS[args.name])}")
@@ -37,6 +42,18 @@ def make(args):
                 runs.mkdir(parents=True, exist_ok=True)
                 render(args.name, args.results, {f"{row.name}{seed}": _run(row, runs, number, seed, args)})
     render(args.name, args.results)
+
+
+def measure(args):
+    """Run what a table of measurements is missing; benchmark.py keeps the records and pages."""
+    for line in MEASURED[args.name]:
+        command = shlex.split(line.format(runs=args.runs_dir))
+        name = command[command.index("--record") + 1]
+        if not list(args.results.glob(f"*/{name}.json")):
+            places = [] if args.results.resolve() == ROOT / "results" else ["--results", str(args.results)]
+            _call(["benchmark.py", *command, *places, *(["--cuda"] if args.cuda else [])], name)
+        (path,) = args.results.glob(f"*/{name}.json")
+        report.say(f"| {name} in {path.parent}.md")
 
 
 def _trains(row):
@@ -88,10 +105,12 @@ def _call(argv, name):
     Raises UserError when it fails.
     """
     report.say(f"| {name} | {shlex.join(['python', *argv])}")
+    command = argv if argv[0] == "-m" else [str(ROOT / argv[0]), *argv[1:]]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *given: pressed.append(given))
     try:
-        code = subprocess.run([sys.executable, str(ROOT / argv[0]), *argv[1:]]).returncode
+        code = subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": paths}).returncode
     finally:
         signal.signal(signal.SIGINT, before)
     if pressed:

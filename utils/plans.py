@@ -8,8 +8,8 @@ class Row:
     """A row of a table.
 
     name: of its run and record. commands: scripts with their flags; the last, train_*.py or evaluate.py, leaves the
-    record. valid, test: published perplexities, if any. In commands {runs} is the table's folder of runs, {seed} what
-    a name has behind it for a further seed.
+    record; "-m data.sentences" makes a corpus. valid, test: published perplexities, if any. In commands {runs} is the
+    table's folder of runs, {seed} what a name has behind it for a further seed.
     """
 
     name: str
@@ -43,14 +43,51 @@ def at_once(percent):
     return Row(name, (prune, f"evaluate.py --checkpoint {checkpoint}"))
 
 
-def search(emsize, heads, layers, key, output, slots, test):
+def search(emsize, heads, layers, key, output, slots, test=None, corpus="--data wikitext-2"):
     """A Row of the port's search: embedding and head of one size."""
     name = f"rmc-{emsize}-{heads}-{layers}-{key}-{slots}" + ("-output" if output else "")
     sizes = f"--emsize {emsize} --headsize {emsize} --numheads {heads} --attmlplayers {layers} --keysize {key}"
     drop = "" if output else " --dropout 0"
-    return trained(name, f"train_rmc.py --data wikitext-2 --variant port {sizes} --memslots {slots}{drop}", test=test)
+    return trained(name, f"train_rmc.py {corpus} --variant port {sizes} --memslots {slots}{drop}", test=test)
 
 
+def part(*arguments):
+    """A Row of the search on a part of Penn Treebank, as many updates of each."""
+    return search(*arguments, corpus="--data penn --train-tokens 100000 --batch-size 20 --bptt 35 --epochs 20")
+
+
+def sentences(name, script, flags, test):
+    """A Row of the log-space seed's comparison."""
+    make = "-m data.sentences data/wikitext-2"
+    return Row(name, (make, f"{script} {SENTENCES} {flags}"), test=test)
+
+
+def equal(name, script, flags=""):
+    """Two Rows of a family, at equal parameters: of equal epochs and of equal minutes."""
+    command = f"{script} {EQUAL} {flags}".strip()
+    cycle = trained(f"{name}-epochs", f"{command} --epochs 6 --schedule onecycle")
+    steady = f"{command} --epochs 100 --schedule plateau --plateau-factor 0.5 --plateau-patience 0 --max-minutes 30"
+    return cycle, trained(f"{name}-minutes", steady)
+
+
+SENTENCES = (
+    "--data wikitext-2-sentences --sentences --vocab train --vocab-size 10002 --emsize 300 --nhid 640 --nlayers 2 "
+    "--dropout 0.4 --no-tied --optimizer adamw --lr 1e-3 --wdecay 0.01 --clip 0 --batch-size 32 --epochs 40 "
+    "--schedule constant"
+)
+"""The 10,000 most frequent words, <sos> and <eos>; AdamW as torch has it."""
+LOG_SPACE = "--recipe fast --window 5 --mode fo --candidate sigmoid --zoneout 0.1"
+EQUAL = (
+    "--data penn --num-params 11e6 --tied --optimizer adam --lr 2e-3 --clip 0.25 --wdecay 1.2e-6 --batch-size 40 "
+    "--bptt 70 --dropout 0.4"
+)
+"""11 million parameters, the head's included; one optimizer for all."""
+AWD_EQUAL = "--no-variable-bptt --dropouti 0.3 --dropouth 0.2 --dropoute 0.05 --alpha 0 --beta 0 --amp off"
+QRNN_PAPER = (
+    "--data penn --emsize 640 --nhid 640 --nlayers 2 --dropout 0.5 --no-tied --init lecun --optimizer sgd --lr 1 "
+    "--average columns --clip 10 --wdecay 2e-4 --batch-size 20 --bptt 105 --epochs 72 --schedule step --decay 0.95 "
+    "--decay-from 6"
+)
 EXAMPLE = "train_rnn.py --data wikitext-2 --recipe example"
 AWD_LSTM = "train_awd.py --data penn --batch-size 20 --dropouti 0.4 --dropouth 0.25 --seed 141"
 AWD_QRNN = (
@@ -91,6 +128,32 @@ PLANS = {
         search(256, 4, 3, 256, False, 1, 194.73),
         search(256, 4, 3, 64, True, 1, 126.39),
     ),
+    "rmc-search-penn": (
+        part(128, 4, 3, 32, False, 1),
+        part(128, 4, 3, 32, True, 1),
+        part(128, 4, 3, 64, False, 1),
+        part(128, 4, 3, 64, True, 1),
+        part(256, 4, 3, 256, False, 1),
+    ),
+    "qrnn-10k": (  # LGirrbach/PyTorch-QRNN, whose figures are of one batch each
+        sentences("qrnn", "train_qrnn.py", LOG_SPACE, 109.18),
+        sentences("lstm", "train_rnn.py", "", 98.48),
+    ),
+    "qrnn-penn": (  # Bradbury et al. 2017, table 2
+        trained("lstm-72", f"train_rnn.py {QRNN_PAPER}", 85.7, 82.0),
+        trained("qrnn-72", "train_qrnn.py --data penn --zoneout 0", 82.9, 79.9),
+        trained("qrnn-zoneout-72", "train_qrnn.py --data penn", 82.1, 78.3),
+    ),
+    "equal-size": (
+        *equal("elman", "train_rnn.py", "--model RNN_TANH --nlayers 2"),
+        *equal("gru", "train_rnn.py", "--model GRU --nlayers 2"),
+        *equal("lstm", "train_rnn.py", "--nlayers 2"),
+        *equal("transformer", "train_rnn.py", "--model Transformer --nhead 2 --nlayers 4"),
+        *equal("rmc", "train_rmc.py"),
+        *equal("qrnn", "train_qrnn.py", "--recipe fast"),
+        *equal("awd-lstm", "train_awd.py", AWD_EQUAL),
+        *equal("awd-qrnn", "train_awd.py", f"{AWD_EQUAL} --model QRNN --wdrop 0.1 --nlayers 4"),
+    ),
     "awd": (
         trained("awd-lstm", f"{AWD_LSTM} --epochs 500", 61.2, 58.8),
         trained("awd-lstm-finetuned", f"{AWD_LSTM} --epochs 500 --finetune awd-lstm{{seed}}", 58.8, 56.5),
@@ -123,10 +186,20 @@ PLANS = {
     ),
 }
 
+MEASURED = {
+    "qrnn-speed": ("figure4 --record figure4", "layers --record layers"),
+    "rmc-speed": ("speed --only 'RMC, p' 'LSTM, port' --record rmc-speed",),
+    "quantization": ("quantization {runs}/pruning/dense/best.pt --record quantization",),
+    "wikitext103": ("speed --only WikiText-103 --vocab-size 267735 --rounds 1 --warmup 1 --record wikitext-103",),
+}
+"""Tables that are measurements: of each, benchmark.py's sub-commands; {runs}: where all tables' runs are."""
+
 
 def listing():
     """A line a table and row: what it runs, what was published."""
     lines = []
+    for name, measurements in MEASURED.items():
+        lines += [name, *(f"  benchmark.py {line}" for line in measurements)]
     for name, rows in PLANS.items():
         lines.append(name)
         for row in rows:

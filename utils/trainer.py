@@ -4,11 +4,10 @@ import math
 import signal
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
-
-from data.batching import column_starts, rotated, variable_lengths, window_lengths, windows
 
 from . import TrainingError, checkpoint, onnx_export, optim, report, runtime
 from .evaluation import Score, detach, evaluate, perplexity
@@ -64,33 +63,27 @@ def training_step(model, optimizer, tokens, targets, state, args, clock):
     return loss.detach(), count, norm, detach(state), forward
 
 
-def epoch_lengths(steps, args, epoch):
-    """The lengths of an epoch's windows over `steps` steps; args needs bptt, variable_bptt, bptt_max and seed."""
-    if args.variable_bptt:
-        return variable_lengths(steps, args.bptt, [args.seed, epoch], args.bptt_max)
-    return window_lengths(steps, args.bptt)
-
-
 class Trainer:
     """One run: model, optimizer, schedule, and where it stands.
 
-    replicas is what takes training steps: the model, or its copies on several GPUs.
+    replicas is what takes training steps: the model, or its copies on several GPUs. text: Columns or Sentences of
+    utils/text.py; sos: the id that sentences begin with, None for a text that is read on and on.
     epoch counts from 1; batch is the number of windows done in it; state is carried from window to window.
     pruned: schedule and masks that utils/pruning.py begins with.
     """
 
-    def __init__(self, args, corpus, config, model, replicas, stream, folder, processes, pruned):
+    def __init__(self, args, corpus, config, model, replicas, text, sos, folder, processes, pruned):
         self.args, self.corpus, self.config = args, corpus, config
         self.processes, self.device = processes, processes.device
-        self.model, self.replicas, self.stream, self.folder = model, replicas, stream, folder
+        self.model, self.replicas, self.text, self.sos, self.folder = model, replicas, text, sos, folder
         self.optimizer = optim.build_optimizer(args, model.parameters())
         self.schedule = optim.build_schedule(args, self.optimizer)
         self.average = optim.Average(args, model.parameters())
         self.pruning = Pruning(model, source=f"--compress {args.compress}", **pruned)
         self.clock = runtime.Clock(self.device)
         self.epoch, self.batch, self.seconds = 1, 0, 0.0
-        self.cut_epoch()
-        self.state = model.initial_state(stream.shape[1])
+        self.batches = text.cut(self.epoch)
+        self.state = model.initial_state(text.width)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         self.timing = {"ms": 0.0, "forward_ms": 0.0, "batches": 0}
         self.history = self.shown = {"epochs": [], "points": []}
@@ -115,16 +108,6 @@ class Trainer:
                     self.status = "interrupted"
         return self.finish() if self.processes.rank == 0 else None
 
-    def cut_epoch(self):
-        """Choose where the epoch's columns start and the lengths of its windows; a resumed epoch has the same."""
-        self.text = self.stream
-        if self.args.partial_shuffle:
-            length, count = self.stream.shape
-            starts = column_starts(length, count * self.processes.size, [self.args.seed, self.epoch, 1])
-            self.text = rotated(self.stream, self.processes.own_columns(starts))
-        self.lengths = epoch_lengths(len(self.stream) - 1, self.args, self.epoch)
-        self.batches = len(self.lengths)
-
     def train_epoch(self, interrupted):
         """The windows of the epoch that are left; sets status when it has to stop before the end."""
         args = self.args
@@ -135,7 +118,9 @@ class Trainer:
         hidden = True if self.processes.rank > 0 else None
         label = f"epoch {self.epoch}"
         with tqdm(total=self.batches, initial=self.batch, desc=label, leave=False, disable=hidden) as bar:
-            for tokens, targets in windows(self.text, self.lengths, self.batch):
+            for tokens, targets in self.text.batches(self.batch):
+                if not self.text.carried:
+                    self.state = self.model.initial_state(tokens.shape[1])
                 self.schedule.start_batch(self.epoch, self.progress())
                 start = self.clock.mark()
                 loss, count, norm, self.state, forward = training_step(
@@ -265,8 +250,8 @@ class Trainer:
             if change:
                 self.folder.log(f"| {change}", "train")
             self.epoch, self.batch = self.epoch + 1, 0
-            self.cut_epoch()
-            self.state = self.model.initial_state(self.stream.shape[1])
+            self.batches = self.text.cut(self.epoch)
+            self.state = self.model.initial_state(self.text.width)
             self.sums.zero_()
             self.timing = dict.fromkeys(self.timing, 0)
         if improved:
@@ -279,10 +264,11 @@ class Trainer:
 
     def score_valid(self):
         """The Score of the validation split, computed by the first process."""
-        loss, columns = 0.0, self.args.eval_batch
+        score = Score(0.0, len(self.valid) - 1, self.args.eval_batch)
         if self.processes.rank == 0:
-            loss = evaluate(self.model, self.valid, columns, self.args.amp, f"epoch {self.epoch} valid").loss
-        return Score(self.processes.first_of(loss), len(self.valid) - 1, columns)
+            label = f"epoch {self.epoch} valid"
+            score = evaluate(self.model, self.valid, score.batch_size, self.args.amp, label, self.sos)
+        return replace(score, loss=self.processes.first_of(score.loss))
 
     def entry(self, score, lr, partial, valid_seconds):
         """One epoch for history and metrics.csv, plain values."""
@@ -313,7 +299,7 @@ class Trainer:
         checkpoint.load_weights(self.model, best, self.folder.best)
         epoch = self.best["epoch"]
         valid, test = (
-            evaluate(self.model, ids, 1, self.args.amp, f"best epoch {epoch} {name}, batch 1")
+            evaluate(self.model, ids, 1, self.args.amp, f"best epoch {epoch} {name}, batch 1", self.sos)
             for name, ids in (("valid", self.valid), ("test", self.test))
         )
         self.folder.log("=" * 89)
@@ -411,7 +397,7 @@ class Trainer:
         self.state = tuple(self.processes.own_columns(part).to(self.device) for part in position["state"])
         if self.processes.rank == 0:
             self.sums = position["sums"].to(self.device)
-        self.cut_epoch()
+        self.batches = self.text.cut(self.epoch)
         self.timing, self.best = position["timing"], saved["best"]
         self.history = self.shown = saved["history"]
         self.commands = [*saved.get("commands", ()), *self.commands]

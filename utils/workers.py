@@ -19,7 +19,7 @@ from models import build, compiled
 from . import UserError, optim, parsing, runtime, timing, trainer
 from .evaluation import evaluate
 from .peers import PEERS, PORT, load
-from .trainer import epoch_lengths
+from .text import epoch_lengths
 
 
 class Candidate:
