@@ -106,7 +106,7 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "AXES", dict.fromkeys(scaling.AXES, axis))
     monkeypatch.setattr(measurements, "GRID", {"batch": (8,), "length": (32,)})
     monkeypatch.setattr(compressed, "PRODUCTS", ((2, 7, 11),))
-    if argv[0] in ("layers", "figure4", "products", "compression", "quantization", "generate", "scaling"):
+    if argv[0] in ("layers", "figure4", "products", "compression", "quantization", "generate", "scaling", "settings"):
         for module in (measurements, compressed, scaling):
             monkeypatch.setattr(module, "Worker", partial(InProcess, kind=workers.Candidate))
     sizes = {"speed": ["--rounds", "2", "--vocab-size", "31"], "memory": ["--vocab-size", "31"]}
@@ -116,9 +116,10 @@ def check_benchmark(argv, out, monkeypatch, tmp_path):
     sizes |= {name: ["--rounds", "1", "--warmup", "1"] for name in ("compression", "products")}
     sizes |= {"generate": ["--rounds", "1", "--words", "5", "--vocab-size", "31"]}
     sizes |= {"scaling": ["--rounds", "1", "--vocab-size", "31"]}
+    sizes |= {"settings": ["--rounds", "1", "--warmup", "1", "--vocab-size", "31"]}
     sizes |= {"quantization": ["--tokens", "50", "--statistics-tokens", "100"]}
     benchmark.main([*argv, *sizes[argv[0]]])
-    rows = re.findall(r"^\| (LSTM|build|cached|QRNN|AWD|dense|sparse|fp32|rows|float32|int8)", out(), re.M)
+    rows = re.findall(r"^\| (LSTM|build|cached|QRNN|AWD|dense|sparse|fp32|rows|float32|int8|`--)", out(), re.M)
     assert len(rows) >= (1 if argv[0] in ("evaluation", "quality") else 2)
 
 

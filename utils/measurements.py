@@ -4,6 +4,7 @@ import multiprocessing
 import shutil
 import statistics
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -57,6 +58,18 @@ RECURRENCES = ((105, 20, 640), (70, 20, 1550))
 LAYERS = ((70, 20, 1550, 1550, 1),)
 SEEDS = {"pytorch-qrnn": "qrnn", "log-space QRNN": "log_qrnn", "SRU": "sru"}
 GRID = {"batch": (8, 16, 32, 64, 128, 256), "length": (32, 64, 128, 256, 512)}
+
+SETTINGS = {
+    "as it comes": {},
+    "--threads 1": {"threads": 1},
+    "--no-tune-allocator": {"tune_allocator": False},
+    "--no-flush-denormal": {"flush_denormal": False},
+    "--onednn": {"onednn": True},
+    "--no-onednn": {"onednn": False},
+    "--no-numba": {"numba": False},
+    "--amp bf16": {"amp": "bf16"},
+}
+"""What `settings` times: a name, and the flags that differ."""
 
 SILENT = ("a-martyn", "fastai")
 """Peers without a script that generates."""
@@ -128,6 +141,23 @@ def speed(args):
         worker.end()
         rows.append(row)
     finish(args, machine, {"kind": "speed", "vocab_size": args.vocab_size, "rows": rows})
+
+
+def settings(args):
+    """Time training steps of candidates as they come and with each setting of speed changed, in turn."""
+    _, machine = runtime.setup(args)
+    rows = []
+    for name, (script, flags, *_) in chosen(args).items():
+        ways = {way: Namespace(**{**vars(args), **changes}) for way, changes in SETTINGS.items()}
+        workers = {way: Worker(script, flags, None, None, changed) for way, changed in ways.items()}
+        taken = {way: [] for way in workers}
+        for _ in report.progress(range(args.warmup + args.rounds), name):
+            for way, worker in workers.items():
+                taken[way].append(worker("step")[0])
+        for worker in workers.values():
+            worker.end()
+        rows += [{"name": name, "setting": way, "ms": ms[args.warmup :]} for way, ms in taken.items()]
+    finish(args, machine, {"kind": "settings", "vocab_size": args.vocab_size, "rows": rows})
 
 
 def quality(args):

@@ -62,6 +62,24 @@ def speed_text(record):
     return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(SPEED_COLUMNS, table_rows)
 
 
+def settings_text(record):
+    """The markdown of a settings record: milliseconds of each setting, and times what it takes as it comes."""
+    taken = {}
+    for row in record["rows"]:
+        taken.setdefault(row["name"], {})[row["setting"]] = row["ms"]
+    plain = record["rows"][0]["setting"]
+    columns = [column for name in taken for column in (f"{name}: ms/batch", "times the first row's")]
+    rows = []
+    for setting in next(iter(taken.values())):
+        row = [f"`{setting}`" if setting != plain else plain]
+        for ways in taken.values():
+            ratios = [own / unchanged for own, unchanged in zip(ways[setting], ways[plain], strict=True)]
+            row += [spread(ways[setting]), spread(ratios, 2)]
+        rows.append(row)
+    title = f"Vocabulary {record['vocab_size']:,}. " + about(record)
+    return title + report.markdown_table(("setting", *columns), rows)
+
+
 QUALITY_COLUMNS = ("model", "seed", "valid ppl", "test ppl", "ms/batch, median", "test ppl / first row's")
 MEAN_COLUMNS = ("model", "seeds", *QUALITY_COLUMNS[2:])
 MANY = 5
@@ -336,6 +354,7 @@ RENDERERS = {
     "layers": layers_text,
     "generate": generate_text,
     "scaling": scaling_text,
+    "settings": settings_text,
     "figure4": figure4_text,
     "compression": compression_text,
     "products": products_text,
