@@ -93,14 +93,21 @@ def test_sgd_is_its_equation(flags, parameters, updates, momentum, wdecay):
 
 
 @pytest.mark.parametrize("wdecay", [0.0, 0.3])
-def test_adam_is_its_equation(flags, parameters, updates, wdecay):
-    """Kingma & Ba's algorithm 1 with torch's default betas and epsilon; decay is part of the gradient, as in Adam."""
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_adam_is_its_equation(flags, parameters, updates, wdecay, kind):
+    """Kingma & Ba's algorithm 1 with torch's default betas and epsilon; decay is part of the gradient.
+
+    In AdamW (Loshchilov & Hutter 2019, algorithm 2) the weights lose their own part, times the rate.
+    """
     own = parameters()
     values = [parameter.detach().clone() for parameter in own]
     first, second = ([torch.zeros_like(value) for value in values] for _ in range(2))
-    for step, gradients in enumerate(updates(build_optimizer(flags(optimizer="adam", wdecay=wdecay), own), own), 1):
+    for step, gradients in enumerate(updates(build_optimizer(flags(optimizer=kind, wdecay=wdecay), own), own), 1):
         for i, gradient in enumerate(gradients):
-            gradient = gradient + wdecay * values[i]
+            if kind == "adam":
+                gradient = gradient + wdecay * values[i]
+            else:
+                values[i] = values[i] - LR * wdecay * values[i]
             first[i] = 0.9 * first[i] + 0.1 * gradient
             second[i] = 0.999 * second[i] + 0.001 * gradient**2
             root = (second[i] / (1 - 0.999**step)).sqrt()

@@ -209,6 +209,14 @@ def test_every_training_flag_is_read():
             assert re.search(rf"\bargs\.{action.dest}\b", source), action.dest
 
 
+def test_a_part_of_the_training_text(train, tiny_corpus):
+    """--train-tokens: as many updates as its columns have windows, the record says how much, the vocabulary stays."""
+    record = train("--train-tokens", "1000", "--epochs", "1")
+    assert record["history"]["epochs"][0]["batches"] == -(-(1000 // 7 - 1) // 13)
+    assert record["corpus"]["tokens"]["train"] == 1000 and record["corpus"]["types"] == 29
+    assert record["corpus"]["tokens"]["valid"] > 500
+
+
 def test_parameters_of_the_recipes_on_wikitext2(corpus_folder):
     """The port's model has 10,739,078 parameters on the real vocabulary."""
     args = parse("--data", str(corpus_folder("wikitext-2")))

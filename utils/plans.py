@@ -56,6 +56,23 @@ def part(*arguments):
     return search(*arguments, corpus="--data penn --train-tokens 100000 --batch-size 20 --bptt 35 --epochs 20")
 
 
+def awd(name, first, second, adaptations, published):
+    """Four Rows of the authors' model: trained, fine-tuned, and that one with the cache and by dynamic evaluation.
+
+    first, second: flags of the two trainings. published: (valid, test) of each.
+    """
+    tuned = f"{name}-finetuned"
+    rows = (
+        (name, f"train_awd.py {first}"),
+        (tuned, f"train_awd.py {second} --finetune {name}{{seed}}"),
+        *(
+            (f"{name}-{kind}", f"evaluate.py --checkpoint {{runs}}/{tuned}{{seed}}/best.pt {flags}")
+            for kind, flags in zip(("cache", "dynamic"), adaptations, strict=True)
+        ),
+    )
+    return [trained(*row, *figures) for row, figures in zip(rows, published, strict=True)]
+
+
 def sentences(name, script, flags, test):
     """A Row of the log-space seed's comparison."""
     make = "-m data.sentences data/wikitext-2"
@@ -89,12 +106,21 @@ QRNN_PAPER = (
     "--decay-from 6"
 )
 EXAMPLE = "train_rnn.py --data wikitext-2 --recipe example"
-AWD_LSTM = "train_awd.py --data penn --batch-size 20 --dropouti 0.4 --dropouth 0.25 --seed 141"
+AWD_LSTM = "--data penn --batch-size 20 --dropouti 0.4 --dropouth 0.25 --seed 141"
 AWD_QRNN = (
-    "train_awd.py --data penn --model QRNN --batch-size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 "
-    "--dropouth 0.3 --dropouti 0.4 --seed 9001"
+    "--data penn --model QRNN --batch-size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --emsize 400 "
+    "--dropouth 0.3 --dropouti 0.4"
 )
-CACHE = "--pointer --lambdasm 0.1 --theta 1.0 --window 500"
+AWD_LSTM_WIKI = "--data wikitext-2 --dropouth 0.2 --seed 1882"
+AWD_QRNN_WIKI = (
+    "--data wikitext-2 --model QRNN --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550 --nlayers 4 --seed 4002 "
+    "--wdrop 0.1 --batch-size 40"
+)
+CACHE = "--pointer --lambdasm 0.1 --theta 1.0 --window 500 --pointer-start window"
+CACHE_WIKI = "--pointer --lambdasm 0.1279 --theta 0.662 --window 3785 --pointer-start window"
+DYNAMIC = "--dynamic --lr 5e-5 --lamb 0.002 --bptt 5"
+DYNAMIC_QRNN = "--dynamic --lr 1.2e-4 --lamb 0.02 --bptt 20"
+DYNAMIC_QRNN_WIKI = "--dynamic --lr 1.2e-4 --lamb 0.008 --bptt 20"
 
 PLANS = {
     "word-language-model": (  # pytorch/examples' README; the figures of 650 and 1500 units are distiller's
@@ -154,21 +180,36 @@ PLANS = {
         *equal("awd-lstm", "train_awd.py", AWD_EQUAL),
         *equal("awd-qrnn", "train_awd.py", f"{AWD_EQUAL} --model QRNN --wdrop 0.1 --nlayers 4"),
     ),
-    "awd": (
-        trained("awd-lstm", f"{AWD_LSTM} --epochs 500", 61.2, 58.8),
-        trained("awd-lstm-finetuned", f"{AWD_LSTM} --epochs 500 --finetune awd-lstm{{seed}}", 58.8, 56.5),
-        Row(
-            "awd-lstm-cache",
-            (f"evaluate.py --checkpoint {{runs}}/awd-lstm-finetuned{{seed}}/best.pt {CACHE}",),
-            *(53.2, 52.5),
+    "awd": (  # salesforce/awd-lstm-lm; dynamic evaluation: Krause et al. 2018, of models of their own
+        *awd(
+            "awd-lstm",
+            f"{AWD_LSTM} --epochs 500",
+            f"{AWD_LSTM} --epochs 500",
+            (CACHE, DYNAMIC),
+            ((61.2, 58.8), (58.8, 56.5), (53.2, 52.5), (51.6, 51.1)),
         ),
-        trained("awd-qrnn", f"{AWD_QRNN} --epochs 550", 60.6, 58.3),
-        trained("awd-qrnn-finetuned", f"{AWD_QRNN} --epochs 300 --finetune awd-qrnn{{seed}}", 59.1, 56.7),
-        Row(
-            "awd-qrnn-cache",
-            (f"evaluate.py --checkpoint {{runs}}/awd-qrnn-finetuned{{seed}}/best.pt {CACHE}",),
-            *(53.4, 52.6),
+        *awd(
+            "awd-qrnn",
+            f"{AWD_QRNN} --seed 9001 --epochs 550",
+            f"{AWD_QRNN} --seed 404 --epochs 300",
+            (CACHE, DYNAMIC_QRNN),
+            ((60.6, 58.3), (59.1, 56.7), (53.4, 52.6), (51.4, 50.5)),
         ),
+        *awd(
+            "awd-lstm-wikitext-2",
+            f"{AWD_LSTM_WIKI} --epochs 750",
+            f"{AWD_LSTM_WIKI} --epochs 750",
+            (CACHE_WIKI, DYNAMIC),
+            ((68.7, 65.6), (67.4, 64.7), (52.2, 50.6), (46.4, 44.3)),
+        ),
+        *awd(
+            "awd-qrnn-wikitext-2",
+            f"{AWD_QRNN_WIKI} --epochs 500",
+            f"{AWD_QRNN_WIKI} --epochs 500",
+            (CACHE_WIKI, DYNAMIC_QRNN_WIKI),
+            ((69.3, 66.8), (68.5, 65.9), (53.6, 52.1), (45.9, 44.0)),
+        ),
+        trained("awd-lstm-untied", f"train_awd.py {AWD_LSTM} --no-tied --epochs 500", 91.0),  # a-martyn/awd-lstm's
     ),
     "pruning": (  # IntelLabs/distiller: WikiText-2, the dense row of 650 units, the others of 1,500
         trained("dense", f"{MEDIUM} --epochs 40", 88.17, 84.21),
