@@ -43,10 +43,8 @@ class _CrossEntropy(torch.autograd.Function):
         narrow_hidden, narrow_weight = (hidden * scored[:, None]).to(dtype), weight.to(dtype)
         rows = max(CHUNK[hidden.device.type] // len(weight), hidden.shape[1])
         chunks = max(1, round(len(hidden) / rows))
-        losses, d_hidden = [], []
+        losses, d_hidden, d_weight = [], [], None
         d_bias = weight.new_zeros(BLOCKS if training else 0, len(weight), dtype=wide)
-        if training:
-            d_weight = weight.new_zeros(weight.shape, dtype=wide)
         parts = (part.tensor_split(chunks) for part in (narrow_hidden, places, scored))
         for x, place, scored_part in zip(*parts, strict=True):
             logits = torch.mm(x, narrow_weight.t())
@@ -54,7 +52,8 @@ class _CrossEntropy(torch.autograd.Function):
             losses.append(loss)
             if training:
                 d_hidden.append(torch.mm(slope, narrow_weight).to(hidden.dtype))
-                _add(d_weight, torch.mm(slope.t(), x))
+                d_weight = _plus_product(d_weight, slope, x, wide)
+            del logits, slope  # before the next chunk's are made
         if training:
             d_bias = None if bias is None else d_bias.sum(0).to(bias.dtype)
             ctx.save_for_backward(torch.cat(d_hidden), d_weight.to(weight.dtype), d_bias)
@@ -63,7 +62,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
-        gradients = (None if part is None else part * d_loss.to(part.dtype) for part in ctx.saved_tensors)
+        # in place where nobody will ask again: the weight's is as large as the weight
+        times = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else torch.Tensor.mul_
+        gradients = (None if part is None else times(part, d_loss.to(part.dtype)) for part in ctx.saved_tensors)
         return *gradients, None, None, None
 
 
@@ -113,12 +114,21 @@ def _compiled_losses(logits, bias, places, scored, losses, d_bias):
                     row[word] = compiled.narrow(p, row)
 
 
-def _add(total, part):
-    """total (V, H) += part (V, H), which may be narrower."""
+def _plus_product(total, slope, x, wide):
+    """total (V, H), whose memory may be taken, or None for 0, plus slope^T x, of type `wide`.
+
+    slope (R, V), x (R, H), which may be narrower.
+    """
+    if total is None:
+        return torch.mm(slope.t(), x).to(wide)
+    if slope.dtype == wide:
+        return total.addmm_(slope.t(), x)
+    part = torch.mm(slope.t(), x)
     if not compiled.usable(total, part):
         total += part
     else:
         _compiled_add(total, part)
+    return total
 
 
 @compiled.kernel

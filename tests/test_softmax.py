@@ -125,6 +125,22 @@ def test_gradients_are_softmax_minus_one_hot(dtype, tolerance):
     assert not {name: error for name, error in errors.items() if not error < tolerance}
 
 
+def test_gradients_that_are_asked_for_twice():
+    """A graph that is kept gives them again, each times its own factor, before the last time, which takes memory."""
+    head, hidden, targets = make()
+    hidden.requires_grad_()
+    leaves = [hidden, head.weight, head.bias]
+    loss = head.loss(hidden, targets)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [gradient.clone() for gradient in once]
+    for factor, last in ((3.0, False), (1.0, False), (0.5, True)):
+        again = torch.autograd.grad(factor * loss, leaves, retain_graph=not last)
+        for name, first, now in zip(("hidden", "weight", "bias"), once, again, strict=True):
+            assert relative_error(now, factor * first) < 1e-12, name
+    for name, first, before in zip(("hidden", "weight", "bias"), once, kept, strict=True):
+        assert first.equal(before), name
+
+
 def test_gradcheck():
     """Loss and log probabilities against finite differences, by hidden vectors, weight and bias."""
     head, hidden, targets = make()

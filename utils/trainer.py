@@ -50,11 +50,11 @@ def training_step(model, optimizer, tokens, targets, state, args, clock):
     Returns the summed loss in nats and the number of targets, 0-d tensors on the device, the gradient norm before
     clipping, the detached state after the window, and the clock's mark after the forward pass.
     """
+    optimizer.zero_grad()  # first: the loss makes a gradient as large as the softmax's on its way forward
     with runtime.autocast(tokens.device, args.amp):
         loss, regularizer, count, state = model(tokens, targets, state)
     loss, count = loss.sum(), count.sum()
     forward = clock.mark()
-    optimizer.zero_grad()
     parts = count if args.average == "targets" else tokens.shape[1]
     (loss / parts + regularizer.mean()).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
