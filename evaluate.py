@@ -187,10 +187,10 @@ def main(argv=None):
     if args.dynamic and {"quantization", "native", "sparse"} & saved["config"].keys():
         raise UserError(f"--dynamic: {args.checkpoint} is compressed and can't learn; give the one it was made of")
     sos = checkpoint.sentence_start(saved, vocabulary)
-    if sos is not None and (args.pointer or args.dynamic or args.tune):
+    if sos is not None and (args.tune or settings(args)):
         raise UserError(
             f"{args.checkpoint} was trained on sentences, each from the zero state: "
-            f"leave out --pointer, --dynamic and --tune, which read on and on"
+            f"leave out --pointer, --dynamic, --temperature and --tune, which read on and on"
         )
     folder = roots = None
     if args.dynamic == "rms" or not args.text:

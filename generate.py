@@ -135,10 +135,8 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     with runtime.autocast(device, args.amp):
-        text = sample(
-            *(model, ids, args.words, args.samples, args.temperature, args.top_k, args.top_p),
-            *(banned, progress, sentences),
-        )
+        choice = args.temperature, args.top_k, args.top_p
+        text = sample(model, ids, args.words, args.samples, *choice, banned, progress, sentences)
     buffer = io.StringIO()
     write_text(buffer, vocabulary, text)
     if to_screen:

@@ -1,6 +1,7 @@
 """Files that are either whole or absent, and the one exception of this package."""
 
 import os
+import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,3 +33,33 @@ def atomic_write(path, mode="wb", **open_options):
         with suppress(FileNotFoundError):  # Ctrl-C after the renaming
             os.unlink(temporary)
         raise
+
+
+@contextmanager
+def whole_folder(target):
+    """Yield a scratch folder on the file system of `target`; its folder `stage`, made inside the `with`, becomes it.
+
+    The target appears whole, by one renaming, or not at all.
+    """
+    place = Path(target).resolve()
+    nearest = next(folder for folder in place.parents if folder.exists())
+    with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{place.name}.") as scratch:
+        yield Path(scratch)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (Path(scratch) / "stage").rename(place)
+
+
+def exit_status(name, call):
+    """0 after call(), or 2 after one line, which `name` begins, for what the user or a mirror has to mend."""
+    try:
+        call()
+        return 0
+    except CorpusError as error:
+        problem = str(error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        problem = f"{where}{error.strerror or error}; nothing is left behind"
+    except KeyboardInterrupt:
+        problem = "interrupted; nothing is left behind"
+    print(f"{name}: {problem}", file=sys.stderr, flush=True)
+    return 2

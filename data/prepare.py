@@ -20,7 +20,7 @@ import requests
 from tqdm import tqdm
 
 from .corpus import SPLITS, read_words, split_file
-from .files import CorpusError, atomic_write
+from .files import CorpusError, atomic_write, exit_status, whole_folder
 
 NAMES = ("wiki.{split}.tokens", "ptb.{split}.txt", "{split}.txt")
 # wikitext.smerity.com answers 403 to Python's own user agent (IST-DASLab/Quartet, pull request 11)
@@ -135,11 +135,8 @@ def prepare(name, given=None, target=None):
             raise CorpusError(f"{target} is there already and is not {name}: {error}; remove it first") from None
         print(f"{target} is there already: {verdict}")
         return
-    place = target.resolve()
-    # on the target's file system, so that one rename makes the folder appear whole
-    nearest = next(folder for folder in place.parents if folder.exists())
-    with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{name}.") as scratch:
-        stage = Path(scratch) / name
+    with whole_folder(target) as scratch:
+        stage = scratch / "stage"
         if given is None:
             verdict = _fetch(name, scratch, stage)
         else:
@@ -147,8 +144,6 @@ def prepare(name, given=None, target=None):
                 verdict = _take(Path(given), stage, name)
             except CorpusError as error:
                 raise CorpusError(f"{given}: {error}") from None
-        place.parent.mkdir(parents=True, exist_ok=True)
-        stage.rename(place)
     print(f"{target}: {verdict}")
 
 
@@ -297,18 +292,8 @@ def main(argv=None):
     parser.add_argument("--from", dest="given", metavar="FILE_OR_DIR", help="a zip, a tar or a folder that has it")
     parser.add_argument("--to", metavar="DIR", help="the folder to make (default: data/NAME)")
     arguments = parser.parse_args(argv)
-    try:
-        prepare(arguments.name, arguments.given, arguments.to)
-        return 0
-    except CorpusError as error:
-        problem = str(error)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        problem = f"{where}{error.strerror or error}; nothing is left behind"
-    except KeyboardInterrupt:
-        problem = "interrupted; nothing is left behind"
-    _complain(f"{arguments.name}: {problem}")
-    return 2
+    call = partial(prepare, arguments.name, arguments.given, arguments.to)
+    return exit_status(f"data.prepare: {arguments.name}", call)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ with the sentence before it and goes on where it takes a full stop for an abbrev
 import argparse
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from .corpus import SOS, SPLITS, find_corpus, read_blocks, split_file
-from .files import CorpusError, atomic_write
+from .files import CorpusError, atomic_write, exit_status, whole_folder
 
 ENDS = re.compile(r"(?<= [.!?]) ")
 QUANTILES = (0.05, 0.95)
@@ -64,14 +63,11 @@ def make(corpus, target=None):
             if not path.is_file() or path.read_bytes() != text.encode():
                 raise CorpusError(f"{target} is there already and holds something else; remove it first, or give --to")
         return f"{target} is there already: {what}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        stage = Path(scratch) / "whole"
-        stage.mkdir()
+    with whole_folder(target) as scratch:
+        (scratch / "stage").mkdir()
         for split, text in wanted.items():
-            with atomic_write(stage / f"{split}.txt") as file:
+            with atomic_write(scratch / "stage" / f"{split}.txt") as file:
                 file.write(text.encode())
-        stage.rename(target)
     return f"{target}: {what}"
 
 
@@ -81,15 +77,7 @@ def main(argv=None):
     parser.add_argument("corpus", help="name or folder of the corpus")
     parser.add_argument("--to", metavar="DIR", help="the folder to make (default: CORPUS-sentences beside it)")
     arguments = parser.parse_args(argv)
-    try:
-        print(make(arguments.corpus, arguments.to))
-        return 0
-    except CorpusError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}; nothing is left behind"
-    print(f"data.sentences: {problem}", file=sys.stderr)
-    return 2
+    return exit_status("data.sentences", lambda: print(make(arguments.corpus, arguments.to)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import statistics
 from argparse import Namespace
 from functools import partial
 
@@ -123,6 +124,22 @@ def test_settings_are_compared_round_by_round(candidates, capsys, monkeypatch):
         "LSTM, port: ms/batch": "40 (30 to 50)",
         "times the first row's": "2.00 (1.00 to 5.00)",
     }
+
+
+def test_the_settings_of_the_readme_are_those_of_the_record():
+    """Medians of the ratios, to two digits."""
+    rows = report.read_record(benchmark.RESULTS / "xeon" / "speed" / "settings.json")["rows"]
+    first = {row["name"]: row["ms"] for row in rows if row["setting"] == "as it comes"}
+    ratios = {}
+    for row in rows:
+        ratio = statistics.median(own / plain for own, plain in zip(row["ms"], first[row["name"]], strict=True))
+        ratios.setdefault(row["setting"], []).append(f"{ratio:.2f}")
+    text = (benchmark.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert all(
+        f"| `{setting}` | {' | '.join(ratios[setting])} |" in text
+        for setting in ratios
+        if setting not in ("as it comes", "--no-onednn")
+    )
 
 
 def test_what_differs_from_its_reference_is_not_timed(candidates, capsys, monkeypatch):

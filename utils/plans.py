@@ -19,7 +19,7 @@ class Row:
 
 
 def trained(name, flags, valid=None, test=None):
-    """A Row of one training."""
+    """A Row of one command."""
     return Row(name, (flags,), valid, test)
 
 
