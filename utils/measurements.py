@@ -147,7 +147,8 @@ def settings(args):
     """Time training steps of candidates as they come and with each setting of speed changed, in turn."""
     _, machine = runtime.setup(args)
     rows = []
-    for name, (script, flags, *_) in chosen(args).items():
+    ours = {name: candidate for name, candidate in chosen(args).items() if not candidate[2]}  # peers have no settings
+    for name, (script, flags, *_) in ours.items():
         ways = {way: Namespace(**{**vars(args), **changes}) for way, changes in SETTINGS.items()}
         workers = {way: Worker(script, flags, None, None, changed) for way, changed in ways.items()}
         taken = {way: [] for way in workers}
