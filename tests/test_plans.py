@@ -377,5 +377,8 @@ def test_the_list_of_planned_tables(capsys):
     """Each row with its commands and what was published."""
     benchmark.main(["table", "--list"])
     out = capsys.readouterr().out
-    assert "word-language-model\n  lstm-200 (published: 117.61 test): train_rnn.py --data wikitext-2" in out
+    assert (
+        "word-language-model-penn\n  lstm-200 (published: 117.61 test): train_rnn.py --recipe example --data penn"
+        in out
+    )
     assert "compress.py prune" in out
