@@ -19,16 +19,15 @@ def locked_dropout(x, p, training):
     return x * _mask(x, (1, *x.shape[1:]), p)
 
 
-def embedding_dropout(embedding, tokens, p, training):
-    """Embedded words, of which some are 0 wherever they stand (section 4.3).
+def embedding_dropout(embedded, tokens, vocab_size, p, training):
+    """Embedded words, of which some become 0 wherever they stand (section 4.3).
 
-    embedding: an nn.Embedding (V, E); tokens (T, B) -> (T, B, E). A word of the vocabulary is dropped with probability
-    p, the others are multiplied by 1 / (1 - p); as if rows of the matrix were 0, without making that matrix.
+    embedded (T, B, E): of tokens (T, B) -> (T, B, E). A word of the vocabulary is dropped with probability p, the
+    others are multiplied by 1 / (1 - p); as if rows of the embedding's matrix were 0, without making that matrix.
     """
-    embedded = embedding(tokens)
     if not training or not p:
         return embedded
-    return embedded * _mask(embedded, (len(embedding.weight), 1), p)[tokens]
+    return embedded * _mask(embedded, (vocab_size, 1), p)[tokens]
 
 
 def weight_drop(weight, p, training):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from .dropout import embedding_dropout, locked_dropout
-from .softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, SplitSoftmax
+from .softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, SplitSoftmax, graph_is_kept
 
 
 class ModelError(Exception):
@@ -46,6 +46,28 @@ INITS = {"uniform": lambda model: None, "lecun": lecun_}
 
 NORMS = {"mean": lambda x: x.pow(2).mean(), "l2": lambda x: torch.linalg.vector_norm(x, dim=-1).mean()}
 """What AR and TAR measure of (T, B, H): the mean of squares of the authors' code, the paper's norm in the mean."""
+
+
+class _Tied(torch.autograd.Function):
+    """The rows of a matrix (V, E) that tokens (T, B) name, and the matrix for the head, whose gradient takes theirs.
+
+    torch's own way makes a second gradient of the matrix's size, nearly all of it zeros, and adds the two.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, tokens):
+        ctx.save_for_backward(tokens)
+        return functional.embedding(tokens, weight), weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_rows, d_weight):
+        (tokens,) = ctx.saved_tensors
+        if graph_is_kept():
+            d_weight = d_weight.clone()
+        if d_weight.is_cuda:  # where index_add_ has no fixed order
+            return d_weight.index_put_((tokens,), d_rows, accumulate=True), None
+        return d_weight.index_add_(0, tokens.flatten(), d_rows.flatten(0, -2)), None
 
 
 class LanguageModel(nn.Module):
@@ -114,7 +136,10 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens, state):
         """tokens (T, B), state -> the core's output before dropout (T, B, H), state after the last token."""
-        x = embedding_dropout(self.embedding, tokens, self.dropoute, self.training)
+        return self._core(self.embedding(tokens), tokens, state)
+
+    def _core(self, embedded, tokens, state):
+        x = embedding_dropout(embedded, tokens, self.vocab_size, self.dropoute, self.training)
         return self.core(self.drop(x, self.dropouti), state)
 
     def drop(self, x, p):
@@ -132,9 +157,13 @@ class LanguageModel(nn.Module):
         Returns the loss summed over the targets in nats, the regularizer to add to the mean loss, the number of
         targets, each (1, 1) so that DataParallel can gather them along dim 1, and the state after the last token.
         """
-        hidden, state = self.hidden(tokens, state)
+        if self.tied:
+            embedded, *shared = _Tied.apply(self.embedding.weight, tokens)
+        else:
+            embedded, shared = self.embedding(tokens), []
+        hidden, state = self._core(embedded, tokens, state)
         dropped = self.drop(hidden, self.dropout)
-        loss = self.head.loss(dropped, targets)
+        loss = self.head.loss(dropped, targets, *shared)
         count = (targets != IGNORE).sum()
         return loss.view(1, 1), self.regularizer(hidden, dropped).to(loss.dtype).view(1, 1), count.view(1, 1), state
 

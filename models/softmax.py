@@ -62,10 +62,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
-        # in place where nobody will ask again: the weight's is as large as the weight
-        times = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else torch.Tensor.mul_
+        times = torch.mul if graph_is_kept() else torch.Tensor.mul_  # the weight's is as large as the weight
         gradients = (None if part is None else times(part, d_loss.to(part.dtype)) for part in ctx.saved_tensors)
         return *gradients, None, None, None
+
+
+def graph_is_kept():
+    """In a backward pass: whether there may be another, so that gradients can't be computed in place."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _losses(logits, bias, places, scored, d_bias):
@@ -158,9 +162,12 @@ class FullSoftmax(nn.Module):
         """(..., H) -> (..., V), natural logarithms, float32 or wider."""
         return functional.log_softmax(_widen(linear(hidden, self.weight, self.bias)), dim=-1)
 
-    def loss(self, hidden, targets):
-        """Sum of -log p(target), in nats, of hidden (T, B, H) and targets (T, B); targets of IGNORE count nothing."""
-        return cross_entropy(hidden, self.weight, self.bias, targets)
+    def loss(self, hidden, targets, weight=None):
+        """Sum of -log p(target), in nats, of hidden (T, B, H) and targets (T, B); targets of IGNORE count nothing.
+
+        weight: what to differentiate in the place of the head's own, its alias.
+        """
+        return cross_entropy(hidden, self.weight if weight is None else weight, self.bias, targets)
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -214,9 +221,10 @@ class SplitSoftmax(FullSoftmax):
         self.tail_vectors = nn.Parameter(torch.zeros(len(cutoffs), input_size))
         self.tail_bias = nn.Parameter(torch.zeros(len(cutoffs)))
 
-    def parts(self):
-        """(weight, bias) of the head, and a list of those of the tails."""
-        (weight, *weights), (bias, *biases) = self.weight.split(self.sizes), self.bias.split(self.sizes)
+    def parts(self, weight=None):
+        """(weight, bias) of the head, and a list of those of the tails; weight: as in loss."""
+        whole = self.weight if weight is None else weight
+        (weight, *weights), (bias, *biases) = whole.split(self.sizes), self.bias.split(self.sizes)
         head = torch.cat([weight, self.tail_vectors]), torch.cat([bias, self.tail_bias])
         return head, list(zip(weights, biases, strict=True))
 
@@ -230,9 +238,9 @@ class SplitSoftmax(FullSoftmax):
             parts.append(own + head[..., -1 - number, None])
         return torch.cat(parts, dim=-1)
 
-    def loss(self, hidden, targets):
-        """Sum of -log p(target), in nats, of hidden (T, B, H) and targets (T, B); targets of IGNORE count nothing."""
-        head, tails = self.parts()
+    def loss(self, hidden, targets, weight=None):
+        """As FullSoftmax's."""
+        head, tails = self.parts(weight)
         entries = [self.sizes[0] + len(tails) - 1 - number for number in range(len(tails))]
         return clustered_loss(hidden, targets, self.cutoffs, entries, head, [(nn.Identity(), *tail) for tail in tails])
 

@@ -1,5 +1,6 @@
 """Two processes under torchrun against one, on the CPU: weights, figures, resume, a process that dies."""
 
+import importlib
 import json
 import os
 import re
@@ -32,15 +33,14 @@ KINDS = {
 }
 
 
-def launch(folder, processes, flags):
-    """A train script under torchrun, or alone for one process; its output is a pipe."""
+def launch(folder, flags):
+    """A train script in two processes under torchrun; their output is a pipe."""
     script, *flags = flags
-    argv = [str(ROOT / script), *map(str, flags)]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        argv = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", *argv]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    argv += [str(ROOT / script), *map(str, flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-u", *argv], cwd=folder, env=environment, **pipes)
@@ -52,24 +52,30 @@ def workers(process):
     return [int(pid) for pid in found.stdout.split()]
 
 
-def finished(folder, processes, flags):
-    """The output of a run that ends well, and its last checkpoint and record."""
-    process = launch(folder, processes, flags)
+def left_behind(folder):
+    """The last checkpoint and the record of the run in a folder."""
+    run = folder / "runs" / "run"
+    return checkpoint.load(run / "last.pt"), json.loads((run / "run.json").read_text())
+
+
+def finished(folder, flags):
+    """The output of a run in two processes that ends well, and its last checkpoint and record."""
+    process = launch(folder, flags)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
-    run = folder / "runs" / "run"
-    return output, checkpoint.load(run / "last.pt"), json.loads((run / "run.json").read_text())
+    return output, *left_behind(folder)
 
 
 @pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
-def test_two_processes_equal_one(flags, tiny_corpus, tmp_path):
+def test_two_processes_equal_one(flags, tiny_corpus, tmp_path, monkeypatch):
     """After 21 updates without dropout: weights to 1e-4, perplexities and losses to 1e-5."""
-    results = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        results.append(finished(folder, processes, [*flags, *PLAIN, "--data", tiny_corpus, "--name", "run"]))
-    (_, one, record), (output, two, record_2) = results
+    folder, script = tmp_path / "two", importlib.import_module(flags[0].removesuffix(".py"))
+    folder.mkdir()
+    flags = [*flags, *PLAIN, "--data", str(tiny_corpus), "--name", "run"]
+    output, two, record_2 = finished(folder, flags)
+    monkeypatch.chdir(tmp_path)
+    script.main(flags[1:])
+    one, record = left_behind(tmp_path)
     assert record["history"]["epochs"][0]["batches"] == 21 and record_2["processes"] == 2
     assert output.count("End of training") == 1 and "2 processes" in output
     for name, weight in one["weights"].items():
@@ -89,17 +95,17 @@ def test_columns_that_do_not_divide_and_resume(tiny_corpus, tmp_path):
     """Seven columns become six; a run in two processes stopped in mid-epoch goes on to where a whole one ends."""
     flags = [*RNN, *TINY, "--data", tiny_corpus, "--lr=0.01", "--checkpoint-every=20"]
     (tmp_path / "whole").mkdir()
-    output, whole, _ = finished(tmp_path / "whole", 2, [*flags, "--name=run"])
+    output, whole, _ = finished(tmp_path / "whole", [*flags, "--name=run"])
     assert "6 of 7 columns are used" in output
     (tmp_path / "cut").mkdir()
-    process = launch(tmp_path / "cut", 2, [*flags, "--name=run"])
+    process = launch(tmp_path / "cut", [*flags, "--name=run"])
     for line in process.stdout:
         if re.search(r"epoch   2 \|    40/", line):
             break
     for pid in (process.pid, *workers(process)):
         os.kill(pid, signal.SIGKILL)
     process.wait(60)
-    _, cut, _ = finished(tmp_path / "cut", 2, ["train_rnn.py", "--resume=run"])
+    _, cut, _ = finished(tmp_path / "cut", ["train_rnn.py", "--resume=run"])
     for name, weight in whole["weights"].items():
         assert torch.equal(weight, cut["weights"][name]), name
 
@@ -107,7 +113,7 @@ def test_columns_that_do_not_divide_and_resume(tiny_corpus, tmp_path):
 def test_a_killed_process_ends_the_others(tiny_corpus, tmp_path):
     """Within a minute, with a message and not as success."""
     flags = [*RNN, *TINY, "--data", tiny_corpus, "--epochs=4000", "--name=run"]
-    process = launch(tmp_path, 2, flags)
+    process = launch(tmp_path, flags)
     for line in process.stdout:
         if "epoch   2 " in line:
             break

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import ModelError, build
 from models.softmax import IGNORE
@@ -178,6 +179,37 @@ def test_gradcheck(kind, tied):
         return loss, *new_state
 
     assert torch.autograd.gradcheck(compute, leaves)
+
+
+class Sizes(TorchDispatchMode):
+    """Inside the `with`: the memory of every tensor of so many elements that an operation returns."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.found = elements, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() == self.elements:
+            self.found.add(result.untyped_storage().data_ptr())
+        return result
+
+
+@pytest.mark.parametrize("cutoffs", (None, [7, 13]), ids=("full", "split"))
+def test_a_tied_matrix_has_one_gradient(cutoffs):
+    """That of embedding and head together, in the memory of the head's; with the graph kept, twice the same."""
+    model, tokens, targets, state = make(tied=True, cutoffs=cutoffs, splitcross=cutoffs is not None)
+    hidden, _ = model.core(functional.embedding(tokens, model.embedding.weight), state)
+    logs = model.log_probs(hidden)[targets != IGNORE]
+    want = torch.autograd.grad(-logs.gather(-1, targets[targets != IGNORE][:, None]).sum(), [*model.parameters()])
+    loss = model(tokens, targets, state)[0]
+    first = torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)
+    with Sizes(model.embedding.weight.numel()) as sizes:
+        second = torch.autograd.grad(loss, [*model.parameters()])
+    for (name, _), got, again, right in zip(model.named_parameters(), first, second, want, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12, msg=name)
+        assert torch.equal(got, again), name
+    assert sizes.found == {second[0].data_ptr()}
 
 
 def test_log_probs_are_normalized_and_give_the_loss():

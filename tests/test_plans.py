@@ -216,6 +216,9 @@ def test_the_tables_of_this_repository_are_what_their_records_say(tmp_path):
             assert (tmp_path / page.name).read_bytes() == page.read_bytes(), page.name
             found.append(page.stem)
     assert {"rnn-penn", "awd-penn", "awd-ablation"} <= set(found)
+    readme = shutil.copy(planning.ROOT / "README.md", tmp_path)
+    report.replace_between(readme, planning.SUMMARY, planning.summary_text(benchmark.RESULTS))
+    assert (tmp_path / "README.md").read_bytes() == (planning.ROOT / "README.md").read_bytes()
 
 
 @pytest.mark.parametrize("name", plans.PLANS)

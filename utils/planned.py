@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,13 @@ from pathlib import Path
 from . import UserError, report
 from .pictures import curves_picture, sparsity_picture
 from .plans import MEASURED, PLANS
-from .run_tables import KINDS, TRAINED, plan_text, records_text
+from .run_tables import KINDS, TRAINED, cells, plan_text, records_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+SUMMARY = "published"
+"""Marks the table of all planned rows in the README."""
+SUMMARY_COLUMNS = ("row", "model", "corpus", "epochs", "test perplexity", "published", "command")
 EVERY = "500"
 """Batches between checkpoints, so that a run that was killed goes on."""
 SEED = "-seed-"
@@ -50,7 +55,7 @@ def measure(args):
         command = shlex.split(line.format(runs=args.runs_dir))
         name = command[command.index("--record") + 1]
         if not list(args.results.glob(f"*/{name}.json")):
-            places = [] if args.results.resolve() == ROOT / "results" else ["--results", str(args.results)]
+            places = [] if args.results.resolve() == RESULTS else ["--results", str(args.results)]
             _call(["benchmark.py", *command, *places, *(["--cuda"] if args.cuda else [])], name)
         (path,) = args.results.glob(f"*/{name}.json")
         report.say(f"| {name} in {path.parent}.md")
@@ -147,7 +152,25 @@ def render(name, results, added=None, differences=False):
         report.write_record(folder / f"{stem}.json", record)
     if rows:
         draw(name, rows, results / f"{name}.png")
+    if results.resolve() == RESULTS:
+        report.replace_between(ROOT / "README.md", SUMMARY, summary_text(results))
     report.say(f"| {sum(len(own) for _, _, own in rows) + len(records)} rows in {page}")
+
+
+def summary_text(results):
+    """The README's markdown table: planned rows that were run and whose test perplexity was published."""
+    rows = []
+    for name, plan in PLANS.items():
+        for row in plan:
+            found = [results / name / f"{row.name}.json", *sorted((results / name).glob(f"{row.name}{SEED}*.json"))]
+            records = [report.read_record(path) for path in found if path.exists()]
+            if records and row.test:
+                cell = cells(records[0])
+                ours = statistics.mean(record["results"]["test"]["perplexity"] for record in records)
+                line = [f"[{row.name}](results/{name}.md)", *(cell[column] for column in ("model", "corpus", "epochs"))]
+                command = f"`python benchmark.py table {name} --only {row.name}`"
+                rows.append([*line, f"{ours:.2f}", f"{row.test:g}", command])
+    return report.markdown_table(SUMMARY_COLUMNS, rows)
 
 
 def draw(name, rows, path):

@@ -58,13 +58,14 @@ def cells(record):
     if batch != {1}:
         raise UserError(f"run {record['name']}: expected valid and test scored at batch 1, got batch sizes {batch}")
     trained = record["kind"] == TRAINED
+    adaptation = f"`{record['adaptation']}`" if record.get("adaptation") else ""
     return {
         "model": model_name(model),
         "parameters": f"{model['parameters']:,}",
         "corpus": record["corpus"]["name"],
-        "recipe": record["config"]["recipe"] if trained else "",
+        "recipe": record["config"]["recipe"] if trained else adaptation,
         "epochs": record["epochs"] if trained else "",
-        "adaptation": f"`{record['adaptation']}`" if record.get("adaptation") else "none",
+        "adaptation": adaptation or "none",
         "minutes": f"{record['minutes']:.1f}",
         "valid ppl": f"{results['valid']['perplexity']:.2f}",
         "test ppl": f"{results['test']['perplexity']:.2f}",
