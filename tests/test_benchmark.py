@@ -177,7 +177,7 @@ def test_a_candidate_measures_its_own_step(candidates, name):
     # embedding to gates, hidden to gates, head; each with its two gradients
     assert gflop == pytest.approx(3 * 2 * 7 * 13 * 11 * (44 + 44 + 53) / 1e9, rel=0.02) and milliseconds > 0
     loss = candidate.model.head.loss
-    candidate.model.head.loss = lambda hidden, targets: loss(hidden, targets) * 1.001
+    candidate.model.head.loss = lambda hidden, targets, *weight: loss(hidden, targets, *weight) * 1.001
     assert candidate.difference() == pytest.approx(1e-3, rel=0.01)
 
 
