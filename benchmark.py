@@ -6,8 +6,7 @@ from pathlib import Path
 
 from data.corpus import SPLITS
 from utils import UserError, ahead, cli, compressed, measurements, planned, plans, program, report, scaling
-
-RESULTS = Path(__file__).parent / "results"
+from utils.planned import RESULTS
 
 
 def table(args):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from .dropout import embedding_dropout, locked_dropout
-from .softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, SplitSoftmax, graph_is_kept
+from .softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, SplitSoftmax
 
 
 class ModelError(Exception):
@@ -63,8 +63,7 @@ class _Tied(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_rows, d_weight):
         (tokens,) = ctx.saved_tensors
-        if graph_is_kept():
-            d_weight = d_weight.clone()
+        # in place: the head's backward has just made it, and keeps another if it will be asked again
         if d_weight.is_cuda:  # where index_add_ has no fixed order
             return d_weight.index_put_((tokens,), d_rows, accumulate=True), None
         return d_weight.index_add_(0, tokens.flatten(), d_rows.flatten(0, -2)), None

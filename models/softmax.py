@@ -62,14 +62,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
-        times = torch.mul if graph_is_kept() else torch.Tensor.mul_  # the weight's is as large as the weight
+        # in place where nobody will ask again: the weight's is as large as the weight
+        times = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else torch.Tensor.mul_
         gradients = (None if part is None else times(part, d_loss.to(part.dtype)) for part in ctx.saved_tensors)
         return *gradients, None, None, None
-
-
-def graph_is_kept():
-    """In a backward pass: whether there may be another, so that gradients can't be computed in place."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _losses(logits, bias, places, scored, d_bias):

@@ -137,7 +137,7 @@ def render(name, results, added=None, differences=False):
         raise UserError(f"{folder} holds no run records: name run folders, python benchmark.py table {name} RUN")
     rows, parts = [], []
     for row in PLANS.get(name, ()):
-        own = [stem for stem in sorted(records) if stem == row.name or stem.startswith(row.name + SEED)]
+        own = _own(row, records)
         if own:
             rows.append((row.name, (row.valid, row.test), [records.pop(stem) for stem in own]))
     if rows:
@@ -157,13 +157,18 @@ def render(name, results, added=None, differences=False):
     report.say(f"| {sum(len(own) for _, _, own in rows) + len(records)} rows in {page}")
 
 
+def _own(row, names):
+    """Those of the records' names that are of a row, for whatever seed, in order."""
+    return [name for name in sorted(names) if name == row.name or name.startswith(row.name + SEED)]
+
+
 def summary_text(results):
     """The README's markdown table: planned rows that were run and whose test perplexity was published."""
     rows = []
     for name, plan in PLANS.items():
+        paths = {path.stem: path for path in (results / name).glob("*.json")}
         for row in plan:
-            found = [results / name / f"{row.name}.json", *sorted((results / name).glob(f"{row.name}{SEED}*.json"))]
-            records = [report.read_record(path) for path in found if path.exists()]
+            records = [report.read_record(paths[stem]) for stem in _own(row, paths)]
             if records and row.test:
                 cell = cells(records[0])
                 ours = statistics.mean(record["results"]["test"]["perplexity"] for record in records)
