@@ -33,7 +33,8 @@ def model_name(model):
     else:
         name = "AWD-" * (model["family"] == "awd")
         name += f"{core['model']} {core['nlayers']}x{core['nhid']}{' loop' if core['loop'] else ''}"
-    name += (" tied" if model["tied"] else "") + (" adaptive" if model.get("cutoffs") else "")
+    clusters = " split" if model.get("splitcross") else " adaptive"
+    name += (" tied" if model["tied"] else "") + (clusters if model.get("cutoffs") else "")
     name += f", {model['pruned'] / model['parameters']:.1%} pruned" if model.get("pruned") else ""
     return name + "".join(f", {kind}" for kind in ("native", "sparse") if model.get(kind)) + quantization_name(model)
 
