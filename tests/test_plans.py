@@ -103,6 +103,8 @@ def test_a_compressed_model_is_called_so():
     model = {"family": "rnn", "core": core, "tied": True, "parameters": 1000, "pruned": 0}
     assert run_tables.model_name(model) == "LSTM 2x17 tied"
     assert run_tables.model_name({**model, "pruned": 804}) == "LSTM 2x17 tied, 80.4% pruned"
+    assert run_tables.model_name({**model, "tied": False, "cutoffs": [5]}) == "LSTM 2x17 adaptive"
+    assert run_tables.model_name({**model, "cutoffs": [5], "splitcross": True}) == "LSTM 2x17 tied split"
     assert run_tables.model_name({**model, "native": True}) == "LSTM 2x17 tied, native"
     settings = {"mode": "asymmetric", "per_channel": True, "clip": "avg", "weight_bits": 8, "activation_bits": 7}
     named = [run_tables.model_name({**model, "quantization": settings | {"fp16": fp16}}) for fp16 in ([], ["a", "b"])]
