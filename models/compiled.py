@@ -72,7 +72,10 @@ def kernel(function):
 
     @functools.wraps(function)
     def launch(*arguments):
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        if torch.get_num_threads() != threads:  # numba, as it starts its threads, sets OpenMP's number, torch's too
+            torch.set_num_threads(threads)
         call(*map(array, arguments))
 
     launch.dispatcher = call

@@ -168,6 +168,25 @@ torch.save([losses, slopes, sums], sys.argv[1])
 """
 
 
+FEWER = """
+import torch
+torch.set_num_threads(1)
+from models import compiled, softmax
+places, sums = torch.zeros(2, dtype=int), torch.zeros(softmax.BLOCKS, 3)
+softmax._losses(torch.zeros(2, 3), torch.zeros(3), places, torch.ones(2), sums)
+print(torch.get_num_threads())
+"""
+
+
+def test_the_first_kernel_leaves_torch_its_threads():
+    """As --threads 1 set them: numba, as it starts two of its own, would give torch's products two as well."""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    run = subprocess.run(
+        [sys.executable, "-c", FEWER], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert run.stdout.split() == ["1"], run.stderr
+
+
 def test_a_run_that_compiles_equals_one_that_finds_the_kernels(tmp_path):
     """Bit for bit; only the first compiles, and says so."""
     results, said = [], []
