@@ -54,6 +54,24 @@ def test_speed_prints_a_row_a_candidate(candidates, capsys, tmp_path):
     assert tables.speed_text(record) in page
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    (
+        ("RMC, WikiText-103, tied", 214_966_067),
+        ("AWD-QRNN, WikiText-103, split", 153_886_638),
+    ),
+)
+def test_large_candidates_have_the_published_sizes(name, parameters):
+    """Worked out by hand from the sizes in the papers (key size as the head's), at WikiText-103's 267,735 words."""
+    script, flags = measurements.LARGE[name]
+    module = importlib.import_module(script)
+    args, _ = parsing.parse_training(module.build_parser(), module.RECIPES, flags.split())
+    parsing.settle_cutoffs(args, 267_735)
+    assert args.batch_size == 64
+    with torch.device("meta"):
+        assert build(module.model_config(args, 267_735)).num_params() == parameters
+
+
 class Stand_in:
     """A worker that answers what it was told to."""
 

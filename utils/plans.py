@@ -279,7 +279,10 @@ MEASURED = {
     "qrnn-speed": ("figure4 --record figure4", "layers --record layers"),
     "rmc-speed": ("speed --only 'RMC, p' 'LSTM, port' --record rmc-speed",),
     "quantization": ("quantization {runs}/pruning/dense/best.pt --record quantization",),
-    "wikitext103": ("speed --only WikiText-103 --vocab-size 267735 --rounds 1 --warmup 1 --record wikitext-103",),
+    "wikitext103": (
+        "memory --only WikiText-103 --vocab-size 267735 --record wikitext-103-memory",
+        "speed --only WikiText-103 --vocab-size 267735 --rounds 1 --warmup 1 --record wikitext-103",
+    ),
 }
 """Tables that are measurements: of each, benchmark.py's sub-commands; {runs}: where all tables' runs are."""
 
