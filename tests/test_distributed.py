@@ -97,6 +97,8 @@ def test_columns_that_do_not_divide_and_resume(tiny_corpus, tmp_path):
     (tmp_path / "whole").mkdir()
     output, whole, _ = finished(tmp_path / "whole", [*flags, "--name=run"])
     assert "6 of 7 columns are used" in output
+    (other,) = whole["rng_others"]
+    assert not torch.equal(other["cpu"], whole["rng"]["cpu"]), "the same masks for both halves of the columns"
     (tmp_path / "cut").mkdir()
     process = launch(tmp_path / "cut", [*flags, "--name=run"])
     for line in process.stdout:
@@ -108,6 +110,7 @@ def test_columns_that_do_not_divide_and_resume(tiny_corpus, tmp_path):
     _, cut, _ = finished(tmp_path / "cut", ["train_rnn.py", "--resume=run"])
     for name, weight in whole["weights"].items():
         assert torch.equal(weight, cut["weights"][name]), name
+    assert torch.equal(other["cpu"], cut["rng_others"][0]["cpu"])
 
 
 def test_a_killed_process_ends_the_others(tiny_corpus, tmp_path):

@@ -2,7 +2,7 @@
 
 A checkpoint is a dictionary: format, config (for models.build), vocabulary {words, counts}, weights, args (the flags),
 corpus {name, data, checksums, options}; pruning {schedule, masks}; and what training goes on from: optimizer, average,
-schedule, rng, position, history, best, commands.
+schedule, rng (of the first process; rng_others, of torchrun's others), position, history, best, commands.
 """
 
 import pickle

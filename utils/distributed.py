@@ -6,6 +6,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from . import runtime
+
 PATIENCE = timedelta(minutes=30)
 """How long the others wait for the first process, which evaluates and writes."""
 
@@ -35,6 +37,26 @@ class Processes:
     def own_columns(self, tensor):
         """This process's part of a tensor (..., B, ...) with B at dim 1."""
         return tensor.chunk(self.size, 1)[self.rank].contiguous()
+
+    def draw_apart(self, seed):
+        """From now on every process draws random numbers of its own, so that its columns have their own dropout masks.
+
+        The first goes on with those that it would have alone, each other starts anew from `seed` and its rank.
+        """
+        if self.rank > 0:
+            torch.manual_seed(seed + self.rank)
+
+    def rng_states(self):
+        """Where the random numbers of each process stand (runtime.rng_state), in the order of their ranks."""
+        states = [runtime.rng_state()] * self.size
+        if self.size > 1:
+            dist.all_gather_object(states, states[self.rank], group=self.control)
+        return states
+
+    def set_rng_states(self, states):
+        """Put back this process's part of what rng_states returned; a process that was not there yet keeps its own."""
+        if self.rank < len(states):
+            runtime.set_rng_state(states[self.rank])
 
     def all_columns(self, state):
         """Put a state, a tuple of tensors with B at dim 1, together from the parts of all processes."""

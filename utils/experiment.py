@@ -89,6 +89,7 @@ def _fit(args, corpus, config, resumed, device, machine):
         for part in folder.path.glob(".*.tmp"):  # a process killed while it wrote
             part.unlink()
     with report.closing_logs(folder):
+        processes.draw_apart(args.seed)
         run = Trainer(args, corpus, config, model, replicas, text, sos, folder, processes, pruned)
         folder.open_logs(resumed and resumed["position"]["log_sizes"])
         if resumed is None:

@@ -356,6 +356,7 @@ class Trainer:
         """Write a checkpoint of where training stands, unless that is not finite any more."""
         self.check_finite()
         state, sums = self.processes.all_columns(self.state), self.processes.total(self.sums)
+        rng, *others = self.processes.rng_states()
         if self.processes.rank > 0:
             return
         corpus = self.corpus
@@ -371,7 +372,8 @@ class Trainer:
                 "schedule": self.schedule.state_dict(),
                 "average": self.average.state_dict(),
                 "pruning": self.pruning.state_dict(),
-                "rng": runtime.rng_state(),
+                "rng": rng,
+                "rng_others": others,
                 "position": {
                     "epoch": self.epoch,
                     "batch": self.batch,
@@ -401,7 +403,7 @@ class Trainer:
         self.timing, self.best = position["timing"], saved["best"]
         self.history = self.shown = saved["history"]
         self.commands = [*saved.get("commands", ()), *self.commands]
-        runtime.set_rng_state(saved["rng"])
+        self.processes.set_rng_states([saved["rng"], *saved.get("rng_others", ())])
 
 
 def _median(epochs, key):
