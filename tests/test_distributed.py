@@ -93,9 +93,8 @@ def in_two(tiny_corpus, tmp_path_factory):
         runs[kind] = [*flags, *PLAIN, "--data", str(tiny_corpus), "--name", "run"], folder
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
-    output = ended(
-        launch(folder, driver, json.dumps([[str(place), free_port(), *flags] for flags, place in runs.values()]))
-    )
+    trainings = [[str(place), free_port(), *flags] for flags, place in runs.values()]
+    output = ended(launch(folder, driver, json.dumps(trainings)))
     assert output.count("End of training") == output.count("| 2 processes") == len(KINDS)
     return runs
 
