@@ -12,7 +12,7 @@ from . import compiled
 
 ROWS = 1024
 """Rows of inputs that one product for a weight's gradient takes: enough for full speed, few enough for the cache."""
-FEW = 3
+FEW = 4
 """Rows up to which a product on a CPU takes as long as reading the weights."""
 SOME = 48
 """Rows up to which MKL's product, torch's default, takes up to four times as long as oneDNN's."""
@@ -43,31 +43,38 @@ def fixed_weights():
 def linear(x, weight, bias=None):
     """functional.linear, x (..., K), weight (N, K), bias (N,) or None -> (..., N); faster for SOME rows on a CPU.
 
-    Without gradients the product of FEW rows takes as long as reading the weights. In float32 that is torch's own, also
-    where runtime.use_onednn has chosen oneDNN's, which is twice as slow for so few; SOME more are oneDNN's. Under
-    autocast within fixed_weights a parameter is read in bfloat16 for FEW; x and the result are float32 there.
+    Without gradients the product of FEW rows takes as long as reading the weights, where torch's take up to four times
+    that; SOME more rows are oneDNN's. Under autocast within fixed_weights a parameter is read in bfloat16 for FEW; x
+    and the result are float32 there.
     """
     rows = x.shape[:-1].numel()
     if torch.is_grad_enabled() or not compiled.usable(x, weight) or not 0 < x.numel() <= SOME * x.shape[-1]:
         return functional.linear(x, weight, bias)
-    dtype = product_dtype(weight)
+    single = x.dtype == weight.dtype == product_dtype(weight) == torch.float32
     if rows > FEW:
-        if x.dtype == weight.dtype == dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if single and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return functional.linear(x, weight, bias)
-    if dtype == torch.bfloat16 and narrowed is not None and isinstance(weight, nn.Parameter):
-        if id(weight) not in narrowed:
-            offset = weight.new_zeros(len(weight)) if bias is None else bias.float()
-            narrowed[id(weight)] = weight, compiled.array(weight.bfloat16()), compiled.array(offset)
-        y = torch.empty(*x.shape[:-1], len(weight))
-        _few(x.float().reshape(rows, x.shape[-1]), *narrowed[id(weight)][1:], y.view(rows, len(weight)))
-        return y
-    settings = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "ieee"
-    try:
+    arrays = (weight, _offset(weight, bias)) if single and weight.is_contiguous() else _narrowed(weight, bias)
+    if arrays is None:
         return functional.linear(x, weight, bias)
-    finally:
-        settings.fp32_precision = before
+    y = torch.empty(*x.shape[:-1], len(weight))
+    _few(x.float().reshape(rows, x.shape[-1]), *arrays, y.view(rows, len(weight)))
+    return y
+
+
+def _offset(weight, bias):
+    """The bias in float32, zeros without one."""
+    return weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
+
+
+def _narrowed(weight, bias):
+    """A parameter in bfloat16 and its bias, converted once; None where fixed_weights and autocast do not allow it."""
+    if product_dtype(weight) != torch.bfloat16 or narrowed is None or not isinstance(weight, nn.Parameter):
+        return None
+    if id(weight) not in narrowed:
+        narrowed[id(weight)] = weight, compiled.array(weight.bfloat16()), compiled.array(_offset(weight, bias))
+    return narrowed[id(weight)][1:]
 
 
 @compiled.kernel

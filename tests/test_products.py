@@ -92,12 +92,12 @@ def test_a_layout_that_is_not_contiguous():
 
 
 def test_nothing_is_prepared_when_no_gradient_will_be_asked_for(monkeypatch):
-    """In evaluation, and for weights that are not trained, it is functional.linear."""
+    """In evaluation, and for weights that are not trained, it is the plain product."""
     weight, bias, _, h = make(torch.float32)
     expected = functional.linear(h, weight, bias)
     monkeypatch.setattr(products, "_Shared", lambda *_: pytest.fail("a weight was prepared"))
     with torch.no_grad():
-        assert step_linear(weight, bias)(h).equal(expected)
+        torch.testing.assert_close(step_linear(weight, bias)(h), expected)
     assert step_linear(weight.detach(), bias.detach())(h).equal(expected)
     with pytest.raises(pytest.fail.Exception):
         step_linear(weight, bias)
@@ -151,6 +151,17 @@ def test_linear(layer, shape, bias):
             assert settings.fp32_precision == precision
     finally:
         settings.fp32_precision = before
+
+
+@torch.no_grad()
+def test_few_rows_are_not_torchs(layer, monkeypatch):
+    """Its products of few rows take longer than reading the weights; only those of a turned weight are left to it."""
+    leaves = layer(1)
+    monkeypatch.setattr(functional, "linear", lambda *_: pytest.fail("torch's product"))
+    assert linear(*leaves).shape == (1, 17)
+    assert linear(leaves[0], leaves[1][:11], leaves[2][:11]).shape == (1, 11)
+    with pytest.raises(pytest.fail.Exception):
+        linear(leaves[0], leaves[1].t().contiguous().t())
 
 
 @pytest.mark.parametrize("shape", ((1,), (1, 1), (2, 1), (1, 2)))
