@@ -11,7 +11,7 @@ from torch import nn
 
 from . import compiled
 from .products import linear, product_dtype, step_linear
-from .rmc_walk import Sizes, walk
+from .rmc_walk import Sizes, one_step, walk
 
 GATE_STYLES = ("unit", "memory", "none")
 VARIANTS = ("paper", "port")
@@ -103,7 +103,12 @@ class RelationalMemory(nn.Module):
         Between the steps the memory is (B, S, F), so that the rows of an example lie together.
         """
         x = linear(x, self.input_projector.weight, self.input_projector.bias)
-        x_qkv = linear(x, self.qkv_projector[0].weight, self.qkv_projector[0].bias)
+        compiled_walk = self.gatestyle == "unit" and self.numblocks == 1 and compiled.usable(memory, x)
+        # of a single step the memory's projection, too: one product reads the weights once
+        rows = torch.cat([x, memory]) if compiled_walk and one_step(x) else x
+        memory = memory.transpose(0, 1).contiguous()
+        x_qkv = linear(rows, self.qkv_projector[0].weight, self.qkv_projector[0].bias)
+        x_qkv, projected = x_qkv[: len(x)], x_qkv[len(x) :]
         if not self.port:
             x_qkv = self.qkv_norm[0](x_qkv)
         x_gates = None
@@ -111,22 +116,22 @@ class RelationalMemory(nn.Module):
             x_gates = linear(x, self.input_gates.weight, self.input_gates.bias)
             x_gates = x_gates.unflatten(-1, (2, -1)) + self.gate_bias[:, None]
             x_gates = x_gates.flatten(-2)
-        memory = memory.transpose(0, 1).contiguous()
-        if self.gatestyle == "unit" and self.numblocks == 1 and compiled.usable(memory, self.input_projector.weight):
-            memories = self._walk(x, x_qkv, x_gates, memory)
+        if compiled_walk:
+            memories = self._walk(x, x_qkv, x_gates, memory, projected)
         else:
             memories = self._loop(x, x_qkv, x_gates, memory)
         return memories.flatten(2), memories[-1].transpose(0, 1).contiguous()
 
-    def _walk(self, x, x_qkv, x_gates, memory):
-        """The steps by the compiled kernels of rmc_walk.py."""
+    def _walk(self, x, x_qkv, x_gates, memory, projected):
+        """The steps by the compiled kernels of rmc_walk.py; projected (S, B, Q): W_qkv [M] + b of a single step."""
         sizes = (self.memslots, self.numheads, self.keysize, self.headsize, self.attmlplayers, self.port)
         norms = [self.qkv_norm[0], self.attention_norm[0], self.mlp_norm[0]]
         gains = [part.reshape(-1, part.shape[-1]) for norm in norms for part in (norm.weight, norm.bias)]
         products = [self.qkv_projector[0], *self.mlp, self.memory_gates]
         products = [part for module in products for part in (module.weight, module.bias)]
         inputs = (part.float().contiguous() for part in (x, x_qkv, x_gates))
-        return walk(*inputs, memory, Sizes(*sizes), gains, products, product_dtype(products[0]))
+        projected = projected.transpose(0, 1).float().contiguous()
+        return walk(*inputs, memory, projected, Sizes(*sizes), gains, products, product_dtype(products[0]))
 
     def _loop(self, x, x_qkv, x_gates, memory):
         """The steps by torch's operations, on any device and in any form: the memory after each, (T, B, S, F)."""

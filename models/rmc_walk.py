@@ -31,17 +31,23 @@ class Sizes(NamedTuple):
     joint: bool
 
 
-def walk(x, x_qkv, x_gates, memory, sizes, norms, products, dtype):
+def one_step(x):
+    """Whether x (T, B, F) is a single step that no gradient will be asked of."""
+    return len(x) == 1 and not torch.is_grad_enabled()
+
+
+def walk(x, x_qkv, x_gates, memory, projected, sizes, norms, products, dtype):
     """All steps of a core with one block and gates of unit style -> the memory after each step (T, B, S, F).
 
     x (T, B, F), x_qkv (T, B, Q) and x_gates (T, B, 2F) are the projections of the input, x_qkv normalized in the
-    paper's form; memory (B, S, F) before the first step. norms: gain and bias of the layer norms of projections,
-    attention and MLP, (1, n) in the paper's form, (R, n) in the port's. products: weight and bias of the projections,
-    of the layers of the MLP (of the port's one) and of the gates, computed in `dtype`.
+    paper's form; memory (B, S, F) before the first step, projected (B, S, Q) its projection, looked at only if
+    one_step(x). norms: gain and bias of the layer norms of projections, attention and MLP, (1, n) in the paper's
+    form, (R, n) in the port's. products: weight and bias of the projections, of the layers of the MLP (of the port's
+    one) and of the gates, computed in `dtype`.
     Equations of rmc.RelationalMemory.
     """
-    if len(x) == 1 and not torch.is_grad_enabled():
-        return _once(x, x_qkv, x_gates, memory, sizes, norms, products)
+    if one_step(x):
+        return _once(x, x_qkv, x_gates, memory, projected, sizes, norms, products)
     return _Walk.apply(x, x_qkv, x_gates, memory, sizes, dtype, *norms, *products)
 
 
@@ -70,7 +76,7 @@ class _Kept:
         self.hidden = [[] for _ in range(sizes.attmlplayers)]
 
 
-def _once(x, x_qkv, x_gates, memory, sizes, norms, products):
+def _once(x, x_qkv, x_gates, memory, projected, sizes, norms, products):
     """A single step, which nothing is kept of: to pack weights or to make tensors would take longer than the step."""
     inputs = [each.numpy() for each in (x, x_qkv, x_gates, memory)]
     kept = _Kept(x.shape, x_qkv.shape[2], sizes, np.float32, np.empty)
@@ -79,7 +85,8 @@ def _once(x, x_qkv, x_gates, memory, sizes, norms, products):
         finish = torch.relu if relu else lambda y: y
         return lambda rows: finish(linear(torch.as_tensor(rows), weight, bias)).float()
 
-    calls = [product(*pair, relu) for pair, relu in zip(_pairs(products, sizes), _relus(sizes), strict=True)]
+    _, *pairs = zip(_pairs(products, sizes), _relus(sizes), strict=True)
+    calls = [lambda _: projected, *(product(*pair, relu) for pair, relu in pairs)]
     kept.narrow[0], kept.narrow_tanh[0] = inputs[3], np.tanh(inputs[3])
     return torch.from_numpy(_steps(*inputs, sizes, norms, calls, kept, np.empty_like(kept.news)))
 

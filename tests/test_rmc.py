@@ -234,6 +234,23 @@ def test_chunks_equal_the_whole(variant):
     assert_close(memory, final, "memory")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_single_steps_without_gradients(variant, slots, batch):
+    """In float32, where they are computed another way: to 1e-5 those of the reference in float64."""
+    m = layer(variant, memslots=slots)
+    x = torch.randn(5, batch, 7, dtype=torch.double)
+    want, final = reference(m, x, m.initial_state(batch), "unit")
+    memory, steps = m.float().initial_state(batch), []
+    for row in x.float():
+        step, memory = m(row[None], memory)
+        steps.append(step)
+    for name, a, b in (("output", torch.cat(steps), want), ("memory", memory, final)):
+        assert (a - b).norm() < 1e-5 * b.norm(), name
+
+
 @pytest.mark.parametrize(("slots", "features"), [(1, 15), (3, 15), (5, 2)])
 def test_initial_memory(slots, features):
     """Rows of the identity, padded or cut, the same for every example."""
