@@ -72,6 +72,13 @@ def test_large_candidates_have_the_published_sizes(name, parameters):
         assert build(module.model_config(args, 267_735)).num_params() == parameters
 
 
+def test_large_candidates_are_for_words_that_name_no_other():
+    """--only AWD is of those in their usual sizes."""
+    args = dict.fromkeys(("port", "example", "martyn", "fastai", "awd", "qrnn"))
+    chosen = [list(measurements.chosen(Namespace(only=[only], **args))) for only in ("AWD", "WikiText-103")]
+    assert chosen == [["AWD-LSTM", "AWD-QRNN"], list(measurements.LARGE)]
+
+
 class Stand_in:
     """A worker that answers what it was told to."""
 
@@ -344,7 +351,9 @@ def test_speed_refuses_what_it_does_not_know(candidates, fails):
     assert "--rounds" in fails(benchmark.main, "speed", "--rounds", 0)
 
 
-@pytest.mark.parametrize("name", ("speed", "qrnn", "awd", "cuda", "xeon/speed", "xeon/qrnn"))
+@pytest.mark.parametrize(
+    "name", ("speed", "qrnn", "awd", "cuda", "compression", "xeon/speed", "xeon/qrnn", "genoa/speed")
+)
 def test_a_page_is_what_its_records_say(name):
     """Each record of a measurement in results/NAME/ is rendered between its markers."""
     page = benchmark.RESULTS / f"{name}.md"
@@ -354,10 +363,11 @@ def test_a_page_is_what_its_records_say(name):
         assert text.strip() == tables.RENDERERS[record["kind"]](record).strip(), path.name
 
 
-def test_the_summary_of_the_peers_is_what_the_records_say():
+@pytest.mark.parametrize("machine", ("xeon", "genoa"))
+def test_the_summary_of_the_peers_is_what_the_records_say(machine):
     """Its table, from the records beside it."""
-    xeon = benchmark.RESULTS / "xeon"
-    assert ahead.summary_text(ahead.every(xeon)) in (xeon / "peers.md").read_text(encoding="utf-8")
+    folder = benchmark.RESULTS / machine
+    assert ahead.summary_text(ahead.every(folder)) in (folder / "peers.md").read_text(encoding="utf-8")
 
 
 def test_quality_trains_and_scores(monkeypatch, tiny_corpus, tmp_path, capsys):

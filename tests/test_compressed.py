@@ -85,6 +85,9 @@ def test_products(monkeypatch, tmp_path, capsys):
     taken = {row["name"]: row["ms"][0] for row in record["rows"] if row["sizes"] == [1, 67, 41]}
     ratio = f"; {taken['fp32'] / taken['int8, ours']:.2f} ("
     assert ratio in next(line for line in text.splitlines() if line.startswith("| int8, ours"))
+    record["rows"] = [row for row in record["rows"] if (row["name"], row["sizes"][0]) != ("bf16", 5)]  # too far off
+    (line,) = (line for line in tables.products_text(record).splitlines() if line.startswith("| bf16"))
+    assert line.endswith(" | - |") and line.count(" | - |") == 1
 
 
 def test_quantization(tiny_checkpoint, tmp_path, monkeypatch, fails):

@@ -221,6 +221,7 @@ def test_the_tables_of_this_repository_are_what_their_records_say(tmp_path):
     readme = shutil.copy(planning.ROOT / "README.md", tmp_path)
     report.replace_between(readme, planning.SUMMARY, planning.summary_text(benchmark.RESULTS))
     assert (tmp_path / "README.md").read_bytes() == (planning.ROOT / "README.md").read_bytes()
+    assert b"](results/pruning.md)" not in (tmp_path / "README.md").read_bytes(), "published of another corpus"
 
 
 @pytest.mark.parametrize("name", plans.PLANS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import UserError, report
 from .pictures import curves_picture, sparsity_picture
-from .plans import MEASURED, PLANS
+from .plans import MEASURED, OF_ANOTHER_CORPUS, PLANS
 from .run_tables import KINDS, TRAINED, cells, plan_text, records_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,6 +166,8 @@ def summary_text(results):
     """The README's markdown table: planned rows that were run and whose test perplexity was published."""
     rows = []
     for name, plan in PLANS.items():
+        if name in OF_ANOTHER_CORPUS:
+            continue
         paths = {path.stem: path for path in (results / name).glob("*.json")}
         for row in plan:
             records = [report.read_record(paths[stem]) for stem in _own(row, paths)]

@@ -275,6 +275,8 @@ PLANS = {
     ),
 }
 
+OF_ANOTHER_CORPUS = ("pruning",)
+"""Tables whose published figures are of another corpus than ours, and stand beside them on their own page only."""
 MEASURED = {
     "qrnn-speed": ("figure4 --record figure4", "layers --record layers"),
     "rmc-speed": ("speed --only 'RMC, p' 'LSTM, port' --record rmc-speed",),

@@ -209,6 +209,9 @@ def products_text(record):
     for name, own in found.items():
         cells = [name, f"{max(row['difference'] for row in own.values()):.0e}"]
         for size in sizes:
+            if size not in own:  # its result was too far off
+                cells.append("-")
+                continue
             taken = [1000 * value for value in own[size]["ms"]]
             ratios = [theirs / value for theirs, value in zip(first[size]["ms"], own[size]["ms"], strict=True)]
             cells.append(f"{spread(taken)}; {spread(ratios, 2)}")
