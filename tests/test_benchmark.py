@@ -72,7 +72,7 @@ def test_large_candidates_have_the_published_sizes(name, parameters):
         assert build(module.model_config(args, 267_735)).num_params() == parameters
 
 
-def test_large_candidates_are_for_words_that_name_no_other():
+def test_large_candidates_are_for_words_that_name_their_corpus():
     """--only AWD is of those in their usual sizes."""
     args = dict.fromkeys(("port", "example", "martyn", "fastai", "awd", "qrnn"))
     chosen = [list(measurements.chosen(Namespace(only=[only], **args))) for only in ("AWD", "WikiText-103")]

@@ -43,9 +43,10 @@ CANDIDATES = {
     "AWD-QRNN": ("train_awd", AWD_QRNN),
 }
 
-# Likewise, at WikiText-103's size; only for words of --only that name none of the others: a step takes most of a minute
-# and gigabytes. The RMC is that of its paper (Santoro et al. 2018, A.4, key size left open there), the QRNN that of
-# Merity et al. 2018.
+# Likewise, at WikiText-103's size; only for words of --only that name this corpus: a step takes most of a minute and
+# gigabytes. The RMC is that of its paper (Santoro et al. 2018, A.4, key size left open there), the QRNN that of Merity
+# et al. 2018.
+LARGE_CORPUS = "WikiText-103"
 RMC_LARGE = "--emsize 512 --headsize 625 --keysize 625 --attmlplayers 5"
 LARGE = {
     "RMC, WikiText-103, full softmax": ("train_rmc", f"{RMC_LARGE} --no-tied"),
@@ -89,13 +90,11 @@ LAYER_TOLERANCE |= {"int8, torch.ao": 4e-2}  # one scale for all rows of a weigh
 def chosen(args):
     """{name: arguments of its Candidate} for those that --only names and their peers whose checkouts are given."""
     every = {**CANDIDATES, **LARGE}
-    names = list(CANDIDATES) if not args.only else []
-    for word in args.only or ():
-        named = [name for name in CANDIDATES if word in name] or [name for name in LARGE if word in name]
-        names += [name for name in named if name not in names]
+    names = [name for name in CANDIDATES if not args.only or any(word in name for word in args.only)]
+    large = [word for word in args.only or () if LARGE_CORPUS in word]
+    names += [name for name in LARGE if any(word in name for word in large)]
     if not names:
         raise UserError(f"--only {' '.join(args.only)} names no candidate: there are {', '.join(every)}")
-    names.sort(key=list(every).index)
     checkouts = {"port-rnn": args.port, "port-rmc": args.port, "example": args.example, "a-martyn": args.martyn}
     checkouts["fastai"] = args.fastai
     checkouts["authors"] = args.awd and (args.awd, args.qrnn)
