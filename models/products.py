@@ -13,7 +13,7 @@ from . import compiled
 ROWS = 1024
 """Rows of inputs that one product for a weight's gradient takes: enough for full speed, few enough for the cache."""
 FEW = 4
-"""Rows up to which a product on a CPU takes as long as reading the weights."""
+"""Rows up to which a product on a CPU takes as long as reading the weights from memory."""
 SOME = 48
 """Rows up to which MKL's product, torch's default, takes up to four times as long as oneDNN's."""
 BLOCKS = 64
@@ -27,6 +27,13 @@ def product_dtype(weight):
     """The type that products with a weight are computed in: autocast's where it is on, else the weight's own."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def one_step(x):
+    """Whether x (T, B, E) is one step without gradients on a CPU, for which packing weights would take longer."""
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return len(x) == 1 and x.device.type == "cpu"
 
 
 @contextlib.contextmanager
@@ -43,9 +50,9 @@ def fixed_weights():
 def linear(x, weight, bias=None):
     """functional.linear, x (..., K), weight (N, K), bias (N,) or None -> (..., N); faster for SOME rows on a CPU.
 
-    Without gradients the product of FEW rows takes as long as reading the weights, where torch's take up to four times
-    that; SOME more rows are oneDNN's. Under autocast within fixed_weights a parameter is read in bfloat16 for FEW; x
-    and the result are float32 there.
+    Without gradients the product of FEW rows takes as long as reading the weights from memory, torch's on an AMD
+    processor two to four times that; SOME more rows are oneDNN's. Under autocast within fixed_weights a parameter is
+    read in bfloat16 for FEW; x and the result are float32 there.
     """
     rows = x.shape[:-1].numel()
     if torch.is_grad_enabled() or not compiled.usable(x, weight) or not 0 < x.numel() <= SOME * x.shape[-1]:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from . import compiled
-from .products import linear, product_dtype, step_linear
-from .rmc_walk import Sizes, one_step, walk
+from .products import linear, one_step, product_dtype, step_linear
+from .rmc_walk import Sizes, walk
 
 GATE_STYLES = ("unit", "memory", "none")
 VARIANTS = ("paper", "port")

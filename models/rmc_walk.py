@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from . import compiled
-from .products import linear, prepare
+from .products import linear, one_step, prepare
 
 EPSILON = np.float32(1e-5)
 """Of a layer norm, as torch has it."""
@@ -29,11 +29,6 @@ class Sizes(NamedTuple):
     headsize: int
     attmlplayers: int
     joint: bool
-
-
-def one_step(x):
-    """Whether x (T, B, F) is a single step that no gradient will be asked of."""
-    return len(x) == 1 and not torch.is_grad_enabled()
 
 
 def walk(x, x_qkv, x_gates, memory, projected, sizes, norms, products, dtype):

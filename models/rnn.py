@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from . import compiled
 from .lstm import lstm
-from .products import linear, product_dtype, step_linear
+from .products import linear, one_step, product_dtype, step_linear
 
 
 def elman_cell(nonlinearity):
@@ -117,13 +117,6 @@ def own_lstm(model, x, size):
     if model != "LSTM" or size < OWN_LSTM or not compiled.usable(x):
         return False
     return torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-
-
-def one_step(x):
-    """Whether x (T, B, E) is one step, which cells take faster than the library: on a CPU that packs weights first."""
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return False
-    return len(x) == 1 and x.device.type == "cpu"
 
 
 def run_layer(model, x, weights, state, loop=False):
