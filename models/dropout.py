@@ -1,4 +1,4 @@
-"""Dropout as Merity et al. 2018 (arXiv 1708.02182) have it: each mask is drawn once a forward pass."""
+"""Dropout, plain and as Merity et al. 2018 (arXiv 1708.02182) have it: a mask for all steps of a forward pass."""
 
 import numba
 import numpy as np
@@ -7,6 +7,19 @@ from torch.nn import functional
 
 from . import compiled
 from .products import product_dtype
+
+
+def dropout(x, p, training):
+    """Srivastava et al. 2014: a mask for every step, column and feature; the gradient is masked alike.
+
+    x (..., H) -> each element 0 with probability p, else times 1 / (1 - p). On a CPU the mask is a hash of each
+    element's place and of one number that torch's generator draws, in the place of a random number each.
+    """
+    if not training or not p:
+        return x
+    if compiled.usable(x) and p < 1:
+        return _Drop.apply(x, p, x.dtype)
+    return functional.dropout(x, p)
 
 
 def locked_dropout(x, p, training):
@@ -34,30 +47,36 @@ def weight_drop(weight, p, training):
     """DropConnect on a recurrent layer's weights (Wan et al. 2013; section 2), one mask for all steps and columns.
 
     weight (N, K) -> each element 0 with probability p, else times 1 / (1 - p), in the type of products; the gradient
-    reaches `weight`. On a CPU the mask is a hash of each element's place and of a number that torch's generator draws,
-    in the place of a random number each, which would take a fifth of a training step in bfloat16 or more.
+    reaches `weight`. On a CPU the mask is a hash as in `dropout`; a random number for each weight would take a fifth of
+    a training step in bfloat16 or more.
     """
     if not training or not p:
         return weight
     if compiled.usable(weight):
-        return _WeightDrop.apply(weight, p, product_dtype(weight))
+        return _Drop.apply(weight, p, product_dtype(weight))
     return functional.dropout(weight, p)
 
 
-class _WeightDrop(torch.autograd.Function):
+class _Drop(torch.autograd.Function):
+    """values (..., K) with hashed zeros, in `dtype`; the mask is never kept, backward hashes anew."""
+
     @staticmethod
-    def forward(ctx, weight, p, dtype):
-        ctx.p, ctx.dtype, ctx.seed = p, weight.dtype, torch.randint(2**62, ()).item()
-        dropped = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-        _drop(weight.contiguous(), dropped, ctx.seed, p)
-        return dropped
+    def forward(ctx, values, p, dtype):
+        ctx.p, ctx.dtype, ctx.seed = p, values.dtype, torch.randint(2**62, ()).item()
+        return _dropped(values, p, dtype, ctx.seed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
-        d_weight = torch.empty_like(slope, dtype=ctx.dtype, memory_format=torch.contiguous_format)
-        _drop(slope.contiguous(), d_weight, ctx.seed, ctx.p)
-        return d_weight, None, None
+        return _dropped(slope, ctx.p, ctx.dtype, ctx.seed), None, None
+
+
+def _dropped(values, p, dtype, seed):
+    """values (..., K), contiguous or not -> the same in `dtype` under the mask of a seed."""
+    result = torch.empty(values.shape, dtype=dtype)
+    if result.numel():
+        _drop(values.flatten(0, -2).contiguous(), result.flatten(0, -2), seed, p)
+    return result
 
 
 @compiled.inner

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .dropout import embedding_dropout, locked_dropout
+from .dropout import dropout, embedding_dropout, locked_dropout
 from .softmax import IGNORE, AdaptiveSoftmax, FullSoftmax, SplitSoftmax
 
 
@@ -143,7 +143,7 @@ class LanguageModel(nn.Module):
 
     def drop(self, x, p):
         """Dropout of x (T, B, features) in training, with a fresh mask for every step unless it is locked."""
-        return (locked_dropout if self.locked else functional.dropout)(x, p, self.training)
+        return (locked_dropout if self.locked else dropout)(x, p, self.training)
 
     def log_probs(self, hidden):
         """(T, B, H) -> (T, B, V): natural logarithm of the probability of each next word."""

@@ -2,9 +2,9 @@
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from .dropout import dropout
 from .forget_mult import BACKENDS
 from .forget_mult.pooling import CANDIDATES, MODES, pool
 from .products import linear
@@ -244,7 +244,7 @@ class QRNN(nn.Module):
                 lasts.append(last)
             x = torch.cat(outputs, 2) if self.bidirectional else outputs[0]
             if number + 1 < self.num_layers:
-                x = functional.dropout(x, self.dropout, self.training)
+                x = dropout(x, self.dropout, self.training)
         return x, torch.cat(lasts)
 
 
@@ -275,4 +275,4 @@ class QRNNCore(Stack):
         self.loop = True
 
     def between(self, x):
-        return functional.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from . import compiled
+from .dropout import dropout
 from .lstm import lstm
 from .products import linear, one_step, product_dtype, step_linear
 
@@ -102,7 +103,7 @@ class RNN(nn.Module):
             own = tuple(part[number : number + 1] for part in state)
             x, final = run_layer(self.model, x, weights, own, self.loop)
             if number + 1 < self.rnn.num_layers:
-                x = functional.dropout(x, self.rnn.dropout, self.training)
+                x = dropout(x, self.rnn.dropout, self.training)
             finals.append(final)
         return x, [torch.cat(parts) for parts in zip(*finals, strict=True)]
 

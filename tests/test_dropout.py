@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.dropout import embedding_dropout, locked_dropout, weight_drop
+from models import compiled
+from models.dropout import dropout, embedding_dropout, locked_dropout, weight_drop
 
 STEPS, BATCH, WORDS, EMSIZE = 7, 5, 31, 11
 
@@ -83,6 +84,40 @@ def test_weight_drop_is_dropconnect_and_its_gradient_reaches_the_weight(p, dtype
     assert rows.std() < 2 * (p * (1 - p) / 103) ** 0.5 and columns.std() < 2 * (p * (1 - p) / 211) ** 0.5
 
 
+@pytest.mark.parametrize("order", ((0, 1, 2), (1, 0, 2)))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("p", (0.1, 0.65))
+def test_dropout_draws_each_step_column_and_feature_for_itself(p, dtype, order):
+    """As often 0 as p says along every axis, two neighbours both as often as p^2; scaled; gradients alike."""
+    torch.manual_seed(6)
+    leaf = torch.randn(31, 29, 103, dtype=dtype, requires_grad=True)
+    x = leaf.permute(order)
+    y = dropout(x, p, True)
+    slope = torch.randn(y.shape, dtype=dtype)
+    y.backward(slope)
+    gone = y == 0
+    torch.testing.assert_close(y, torch.where(gone, 0, x / (1 - p)))
+    torch.testing.assert_close(leaf.grad.permute(order), torch.where(gone, 0, slope / (1 - p)))
+    for axis in range(3):
+        others = [other for other in range(3) if other != axis]
+        count = gone.numel() / gone.shape[axis]
+        assert (gone.double().mean(others) - p).abs().max() < 5 * (p * (1 - p) / count) ** 0.5
+        both = (gone & gone.roll(1, axis)).double().mean().item()
+        assert abs(both - p * p) < 0.01, axis
+
+
+def test_dropout_without_kernels_is_the_librarys_and_of_everything_leaves_nothing():
+    """torch's own mask for torch's own seed; p of 1; empty windows."""
+    x = torch.randn(7, 5, 11)
+    torch.manual_seed(8)
+    want = nn.functional.dropout(x, 0.3)
+    torch.manual_seed(8)
+    with compiled.torch_only():
+        assert torch.equal(dropout(x, 0.3, True), want)
+    assert not dropout(x, 1.0, True).any()
+    assert dropout(torch.empty(7, 0, 11), 0.3, True).shape == (7, 0, 11)
+
+
 def test_a_seed_fixes_the_masks():
     """torch's generator is where they come from."""
 
@@ -90,7 +125,8 @@ def test_a_seed_fixes_the_masks():
         torch.manual_seed(7)
         x, weight = torch.ones(3, 5, 7), torch.ones(13, 11)
         words = embedding_dropout(torch.ones(1, 19, 2), torch.arange(19)[None], 19, 0.5, True)
-        return locked_dropout(x, 0.5, True), weight_drop(weight, 0.5, True), weight_drop(weight, 0.5, True), words
+        weights = (weight_drop(weight, 0.5, True) for _ in range(2))
+        return dropout(x, 0.5, True), locked_dropout(x, 0.5, True), *weights, words
 
     assert all(torch.equal(a, b) for a, b in zip(draw(), draw(), strict=True))
 
@@ -100,6 +136,7 @@ def test_nothing_is_dropped_in_evaluation_or_with_probability_zero():
     tokens, x = torch.randint(WORDS, (STEPS, BATCH)), torch.randn(STEPS, BATCH, EMSIZE)
     state = torch.get_rng_state()
     for p, training in ((0.5, False), (0.0, True)):
+        assert dropout(x, p, training) is x
         assert torch.equal(locked_dropout(x, p, training), x)
         assert torch.equal(weight_drop(x, p, training), x)
         assert embedding_dropout(x, tokens, WORDS, p, training) is x
