@@ -98,6 +98,30 @@ def _few(x, weight, bias, y):
                 y[r, n] = total + bias[n]
 
 
+def column_sums(x):
+    """x (R, N) summed over R in float32 or wider -> (N,); what a bias's gradient is made of.
+
+    torch's sum of bfloat16 in float32 makes a wide copy of x first, which may take longer than the weight's product.
+    """
+    if not compiled.usable(x):
+        return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = torch.zeros(BLOCKS, x.shape[1])
+    _column_sums(x, sums)
+    return sums.sum(0)
+
+
+@compiled.kernel
+def _column_sums(x, sums):
+    """The sums over each of BLOCKS parts of the rows of x (R, N) are added to sums (BLOCKS, N)."""
+    rows, columns = x.shape
+    for block in numba.prange(BLOCKS):
+        total = sums[block]
+        for r in range(rows * block // BLOCKS, rows * (block + 1) // BLOCKS):
+            row = x[r]
+            for c in range(columns):
+                total[c] += compiled.widen(row[c])
+
+
 def step_linear(weight, bias=None):
     """x -> x W^T + b, for every step of a loop over time: what all steps share is done once.
 
@@ -157,13 +181,14 @@ class _Shared:
     def _multiply(self):
         slopes, inputs = torch.cat(self.slopes), torch.cat(self.inputs)
         self.inputs, self.slopes, self.rows = [], [], 0
-        parts = [torch.mm(slopes.t(), inputs), slopes.sum(0, dtype=self.wide) if self.bias is not None else None]
+        d_bias = None if self.bias is None else column_sums(slopes).to(self.wide)
+        d_weight = torch.mm(slopes.t(), inputs)
         if self.d_weight is None:
-            self.d_weight, self.d_bias = parts[0].to(self.wide), parts[1]
+            self.d_weight, self.d_bias = d_weight.to(self.wide), d_bias
             return
-        self.d_weight += parts[0]
+        self.d_weight += d_weight
         if self.bias is not None:
-            self.d_bias += parts[1]
+            self.d_bias += d_bias
 
 
 class _Collect(torch.autograd.Function):

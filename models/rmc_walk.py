@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from . import compiled
-from .products import linear, one_step, prepare
+from .products import column_sums, linear, one_step, prepare
 
 EPSILON = np.float32(1e-5)
 """Of a layer norm, as torch has it."""
@@ -185,7 +185,7 @@ def _gradients(slopes, inputs, sizes):
     pairs = []
     for slope, rows in zip(slopes, inputs, strict=True):
         slope, rows = slope.flatten(0, 2), rows.flatten(0, 2)
-        pairs.append((torch.mm(slope.t(), rows).float(), slope.sum(0, dtype=torch.float32)))
+        pairs.append((torch.mm(slope.t(), rows).float(), column_sums(slope)))
     if sizes.joint:  # its layers share one weight
         mlp = [sum(parts) for parts in zip(*pairs[1:-1], strict=True)]
         pairs = [pairs[0], mlp, pairs[-1]]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from models import compiled, products
-from models.products import fixed_weights, linear, step_linear
+from models.products import column_sums, fixed_weights, linear, step_linear
 
 STEPS, BATCH, FEATURES = 11, 3, 7
 
@@ -199,3 +199,17 @@ def test_linear_has_gradients(layer):
     leaves = layer(1)
     ours, theirs = (torch.autograd.grad(call(*leaves).sum(), leaves[1:]) for call in (linear, functional.linear))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("rows", (1, 63, 1009))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_column_sums_are_those_of_float64(dtype, rows):
+    """In float32 whatever the rows are in, by the kernel and without it."""
+    torch.manual_seed(9)
+    x = torch.randn(rows, 17).to(dtype)
+    want = x.double().sum(0)
+    with compiled.torch_only():
+        plain = column_sums(x)
+    for sums in (column_sums(x), plain):
+        assert sums.dtype == torch.promote_types(dtype, torch.float32)
+        assert (sums.double() - want).norm() < 1e-6 * want.norm()
