@@ -46,7 +46,7 @@ def lstm_cell(x_gates, state, product):
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-OWN_LSTM = 600
+OWN_LSTM = 400
 """Hidden units from which models/lstm.py trains faster in bfloat16 on a CPU than the library's kernel."""
 KINDS = {
     "LSTM": (nn.LSTM, {}, lstm_cell),
