@@ -6,6 +6,7 @@ import statistics
 from .run_tables import TRAINED
 from .tables import FLOORS, PUBLISHED, PUBLISHED_PARTS, figure4_medians
 
+HATCHES = ("", "//", "..")
 STYLES = list(zip(("-", "--", ":", "-."), ("o", "s", "^", "D"), strict=True))
 
 
@@ -26,7 +27,7 @@ def figure4_picture(record, path):
     bottom = [0.0] * len(parts)
     for number, label in enumerate(("RNN", "softmax", "optimization")):
         heights = [taken[number] for taken in parts.values()]
-        left.bar(names, heights, 0.6, bottom, label=label)
+        left.bar(names, heights, 0.6, bottom, label=label, hatch=HATCHES[number], edgecolor="white")
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     left.set_ylabel("milliseconds a batch")
     left.set_title("Training step, 2 x 640, batch 20, 105 steps")
@@ -138,7 +139,7 @@ def ahead_picture(comparisons, path):
     for y, (what, _, _, ratios, reach) in enumerate(comparisons):
         middle, number = statistics.median(ratios), kinds.index(what)
         beyond = [[middle - min(ratios)], [max(ratios) - middle]]
-        axes.barh(y, middle, 0.7, xerr=beyond, color=f"C{number % 10}", alpha=0.75, hatch=("", "//", "..")[number % 3])
+        axes.barh(y, middle, 0.7, xerr=beyond, color=f"C{number % 10}", alpha=0.75, hatch=HATCHES[number % 3])
         axes.text(1.01, y, f"{middle:.2f}", va="center", fontsize=7, transform=axes.get_yaxis_transform())
         if reach:
             axes.plot([reach, reach], [y - 0.45, y + 0.45], color="black", lw=2)
