@@ -63,9 +63,12 @@ def sample(
     with products.fixed_weights():
         for done in range(words):
             hidden, state = model.hidden(tokens, state)
-            log_probs = model.log_probs(hidden[-1:])[0].float() / temperature
-            log_probs = restrict(log_probs.index_fill(-1, banned, -torch.inf), top_k, top_p)
-            tokens = draw(log_probs.softmax(-1)).to(device)
+            log_probs = model.log_probs(hidden[-1:])[0].float()
+            if temperature != 1:  # each pass over the vocabulary is a part of a small model's time
+                log_probs = log_probs / temperature
+            if len(banned):
+                log_probs = log_probs.index_fill(-1, banned, -torch.inf)
+            tokens = draw(restrict(log_probs, top_k, top_p).softmax(-1)).to(device)
             drawn.append(tokens)
             if sentences:
                 eos, sos = sentences
