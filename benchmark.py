@@ -7,6 +7,7 @@ from pathlib import Path
 from data.corpus import SPLITS
 from utils import UserError, ahead, cli, compressed, measurements, planned, plans, program, report, scaling
 from utils.planned import RESULTS
+from utils.run_tables import KINDS
 
 
 def table(args):
@@ -31,6 +32,8 @@ def table(args):
     for run in map(Path, args.runs):
         path = run / "run.json" if run.is_dir() else run
         record = report.read_record(path)
+        if record["kind"] not in KINDS:
+            raise UserError(f"{path} is a record of {record['kind']}: expected that of a training or an evaluation")
         if not record["results"]:
             raise UserError(f"{path} has no results: the run has not ended (status {record['status']})")
         added[record["name"]] = record

@@ -182,8 +182,9 @@ def test_a_page_is_made_where_there_is_none(table, tiny_run, place):
         (lambda record: record.update(results={}, status="running"), "no results.*running"),
         (lambda record: record["results"]["valid"].update(batch_size=3), "batch 1"),
         (lambda record: record.update(format=999), "no run record"),
+        (lambda record: record.update(kind="speed"), "record of speed: expected that of a training"),
     ),
-    ids=("no results", "columns", "format"),
+    ids=("no results", "columns", "format", "measurement"),
 )
 def test_a_refused_run_leaves_everything_as_it_was(table, tiny_run, run, place, change, message):
     """Records and page; so the table can be rendered again without it."""
