@@ -74,8 +74,7 @@ class _Drop(torch.autograd.Function):
 def _dropped(values, p, dtype, seed):
     """values (..., K), contiguous or not -> the same in `dtype` under the mask of a seed."""
     result = torch.empty(values.shape, dtype=dtype)
-    if result.numel():
-        _drop(values.flatten(0, -2).contiguous(), result.flatten(0, -2), seed, p)
+    _drop(values.flatten(0, -2).contiguous(), result.flatten(0, -2), seed, p)
     return result
 
 
