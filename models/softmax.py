@@ -15,7 +15,8 @@ IGNORE = -1
 """A target of this value is not scored."""
 CHUNK = {"cpu": 1 << 23, "cuda": 1 << 25}
 """Logits that exist at once, by device, unless the weights are more: 32 MiB of float32 on a processor, 128 on a GPU."""
-
+WORDS = {"cpu": 1 << 12, "cuda": 1 << 16}
+"""Rows of the weight's gradient that are made narrow at a time: on a processor few enough for the cache."""
 BLOCKS = 16
 """Parts of a chunk's rows that threads share among themselves; a fixed number, so that sums do not depend on theirs."""
 
@@ -46,12 +47,14 @@ class _CrossEntropy(torch.autograd.Function):
         losses, d_hidden, d_weight = [], [], None
         d_bias = weight.new_zeros(BLOCKS if training else 0, len(weight), dtype=wide)
         parts = (part.tensor_split(chunks) for part in (narrow_hidden, places, scored))
-        for x, place, scored_part in zip(*parts, strict=True):
+        for left, x, place, scored_part in zip(reversed(range(chunks)), *parts, strict=True):
             logits = torch.mm(x, narrow_weight.t())
             loss, slope = _losses(logits, bias, place, scored_part, d_bias)
             losses.append(loss)
             if training:
                 d_hidden.append(torch.mm(slope, narrow_weight).to(hidden.dtype))
+                if not left:
+                    del narrow_weight  # before a gradient of its size is made
                 d_weight = _plus_product(d_weight, slope, x, wide)
             del logits, slope  # before the next chunk's are made
         if training:
@@ -117,17 +120,21 @@ def _compiled_losses(logits, bias, places, scored, losses, d_bias):
 def _plus_product(total, slope, x, wide):
     """total (V, H), whose memory may be taken, or None for 0, plus slope^T x, of type `wide`.
 
-    slope (R, V), x (R, H), which may be narrower.
+    slope (R, V), x (R, H), which may be narrower; then the product of so many WORDS at a time is widened.
     """
-    if total is None:
-        return torch.mm(slope.t(), x).to(wide)
     if slope.dtype == wide:
-        return total.addmm_(slope.t(), x)
-    part = torch.mm(slope.t(), x)
-    if not compiled.usable(total, part):
-        total += part
-    else:
-        _compiled_add(total, part)
+        return torch.mm(slope.t(), x) if total is None else total.addmm_(slope.t(), x)
+    started, words = total is not None, WORDS[x.device.type]
+    if not started:
+        total = x.new_empty(slope.shape[1], x.shape[1], dtype=wide)
+    for sums, columns in zip(total.split(words), slope.split(words, 1), strict=True):
+        part = torch.mm(columns.t(), x)
+        if not started:
+            sums.copy_(part)
+        elif compiled.usable(sums, part):
+            _compiled_add(sums, part)
+        else:
+            sums += part
     return total
 
 

@@ -45,14 +45,18 @@ def outcome(compute, module, leaves):
 @pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)))
 @pytest.mark.parametrize(("steps", "batch"), ((11, 3), (1, 3), (11, 1), (1, 1), (2, 37)))
 def test_equals_torch_in_float64(steps, batch, dtype, tolerance):
-    """Relative errors; in bfloat16 only the products are rounded. More columns than the threads' parts, too."""
+    """Relative errors; in bfloat16 only the products are rounded. More columns than the threads' parts, too.
+
+    Gradients are made of gates kept in 16 bits.
+    """
     module, leaves = make(steps, batch)
     exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = outcome(theirs, copy.deepcopy(module).double(), exact_leaves)
     results = outcome(lambda *arguments: ours(*arguments, dtype), module, leaves)
     assert {part.dtype for part in results.values()} == {torch.float32}
     errors = {name: ((results[name] - want).norm() / want.norm()).item() for name, want in exact.items()}
-    assert not {name: error for name, error in errors.items() if not error < tolerance}
+    bounds = {name: tolerance if name in ("output", "last h", "last c") else max(tolerance, 1e-4) for name in errors}
+    assert not {name: error for name, error in errors.items() if not error < bounds[name]}
 
 
 def test_inputs_in_the_type_of_the_products():

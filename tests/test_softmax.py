@@ -187,9 +187,12 @@ def test_chunks_equal_torch_in_float64(monkeypatch, rows, bias, dtype, tolerance
     assert not {name: error for name, error in errors.items() if not error < 10 * tolerance}
 
 
-def test_bfloat16_products_and_float32_sums(monkeypatch):
+@pytest.mark.parametrize("words", (5, WORDS), ids=("uneven parts of the weight", "the whole weight"))
+@pytest.mark.parametrize("chunk", (1, 1 << 23), ids=("chunks", "one chunk"))
+def test_bfloat16_products_and_float32_sums(monkeypatch, chunk, words):
     """Under autocast the three products take operands rounded to bfloat16; the rest is as in float64."""
-    monkeypatch.setitem(softmax.CHUNK, "cpu", 1)
+    monkeypatch.setitem(softmax.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(softmax.WORDS, "cpu", words)
     head, hidden, targets = make_long(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = head.loss(hidden.requires_grad_(), targets)

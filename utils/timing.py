@@ -123,7 +123,8 @@ def median_time(call, seconds, device=CPU):
 def memory_above(call, device):
     """MiB that `call` needs at its peak above what is there before it: of the GPU, or resident in the process.
 
-    Raises UserError on a system without /proc.
+    There without pages of files: code of libraries that is loaded on the way. Raises UserError on a system without
+    /proc.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -133,9 +134,9 @@ def memory_above(call, device):
     if not Path("/proc/self/clear_refs").exists():
         raise UserError("memory is read from /proc, which only Linux has; run this on Linux, or with --cuda")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-    before = _status("VmRSS")
+    before = _status("VmRSS") - _status("RssFile")
     call()
-    return _status("VmHWM") - before
+    return _status("VmHWM") - _status("RssFile") - before
 
 
 def _status(field):
