@@ -86,7 +86,10 @@ def _step(t, product, x_gates, first, gates, cells, output, narrow):
 
 @compiled.kernel
 def _step_back(t, d_h, d_output, d_c, gates, cells, first, d_gates):
-    """Slopes of step t's gates before activation (T, B, 4H); d_c (B, H) becomes that of c before the step."""
+    """Slopes of step t's gates before activation (T, B, 4H); d_c (B, H) becomes that of c before the step.
+
+    gates (T, B, 4H), cells (T, B, H), first (B, H) as in _step; d_h (B, H), d_output (T, B, H).
+    """
     batch, size = first.shape
     for block in numba.prange(BLOCKS):
         z = np.empty(4 * size, np.float32)

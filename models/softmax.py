@@ -47,13 +47,13 @@ class _CrossEntropy(torch.autograd.Function):
         losses, d_hidden, d_weight = [], [], None
         d_bias = weight.new_zeros(BLOCKS if training else 0, len(weight), dtype=wide)
         parts = (part.tensor_split(chunks) for part in (narrow_hidden, places, scored))
-        for left, x, place, scored_part in zip(reversed(range(chunks)), *parts, strict=True):
+        for x, place, scored_part in zip(*parts, strict=True):
             logits = torch.mm(x, narrow_weight.t())
             loss, slope = _losses(logits, bias, place, scored_part, d_bias)
             losses.append(loss)
             if training:
                 d_hidden.append(torch.mm(slope, narrow_weight).to(hidden.dtype))
-                if not left:
+                if len(d_hidden) == chunks:
                     del narrow_weight  # before a gradient of its size is made
                 d_weight = _plus_product(d_weight, slope, x, wide)
             del logits, slope  # before the next chunk's are made

@@ -25,8 +25,8 @@ def trained(name, flags, valid=None, test=None):
 
 def medium(dropout, flags):
     """Command of the seed's LSTM of 650 units, on the smaller corpus: an epoch takes four minutes of two cores."""
-    sizes = f"--tied --emsize 650 --nhid 650 --dropout {dropout}"
-    return f"train_rnn.py --data penn --recipe example {sizes} --amp bf16 --optimizer adam --schedule onecycle {flags}"
+    model = f"--tied --emsize 650 --nhid 650 --dropout {dropout}"
+    return f"train_rnn.py --data penn --recipe example {model} --amp bf16 --optimizer adam --schedule onecycle {flags}"
 
 
 LONGER = medium(0.35, "--lr 2e-3 --warm 0.5 --epochs 4 --start-from dense{seed}")
