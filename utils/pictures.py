@@ -3,6 +3,8 @@
 import itertools
 import statistics
 
+import numpy as np
+
 from .run_tables import TRAINED
 from .tables import FLOORS, PUBLISHED, PUBLISHED_PARTS, figure4_medians
 
@@ -71,11 +73,13 @@ def curves_picture(rows, path):
 def sparsity_picture(rows, path):
     """Test perplexity over the part of all weights that is zero: rows [(name, published, record)].
 
-    Pruned while training, at once (the records of evaluations), and the published figures.
+    Pruned while training, at once (the records of evaluations), and the published figures. The first fill the picture,
+    what is beyond goes out of it; the parts are as far apart as what they leave is in proportion.
     """
     figure = _figure(8, 5)
     axes = figure.subplots()
-    kinds = {"while training": ([], "o-", "C0"), "at once": ([], "s--", "C1"), "published": ([], "^:", "0.4")}
+    kinds = {"while training": ([], "o", "C0"), "at once": ([], "s--", "C1"), "published": ([], "^", "0.4")}
+    labels = {}
     for name, published, record in rows:
         model = record["model"]
         part = 100 * model["pruned"] / model["parameters"]
@@ -83,13 +87,19 @@ def sparsity_picture(rows, path):
         perplexity = record["results"]["test"]["perplexity"]
         kinds[kind][0].append((part, perplexity))
         if kind == "while training":
-            axes.annotate(name, (part, perplexity), textcoords="offset points", xytext=(4, -11), fontsize=7)
+            labels.setdefault((round(part), round(perplexity)), ((part, perplexity), []))[1].append(name)
         if published is not None:
             kinds["published"][0].append((part, published))
     for label, (points, style, color) in kinds.items():
         if points:
             axes.plot(*zip(*sorted(points), strict=True), style, color=color, ms=5, label=label)
-    axes.set(xlabel="weights that are zero, %", ylabel="perplexity of the test split", yscale="log")
+    for point, names in labels.values():
+        axes.annotate(", ".join(names), point, textcoords="offset points", xytext=(6, 3), fontsize=8)
+    shown = [perplexity for kind in ("while training", "published") for _, perplexity in kinds[kind][0]]
+    axes.set(xlabel="weights that are zero, %", ylabel="perplexity of the test split")
+    axes.set_xscale("function", functions=(lambda part: -np.log(100 - part), lambda left: 100 - np.exp(-left)))
+    axes.set_xticks([0, 50, 70, 80, 90, 95])
+    axes.set(xlim=(-8, 96.5), ylim=(0.95 * min(shown), 1.3 * max(shown)))
     _plain(axes)
     figure.savefig(path, dpi=120)
 

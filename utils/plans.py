@@ -269,6 +269,7 @@ PLANS = {
         pruned("agp-70-decay", "--sparsity 0.7 --prune-epochs 0:3:1 --wdecay 1e-6", 90.59, 85.84),
         pruned("agp-70b", "--compress schedules/medium-70b.yaml", 87.40, 82.93),
         pruned("agp-80", "--compress schedules/medium-80.yaml", 89.31, 83.64),
+        pruned("agp-80-even", "--sparsity 0.804 --prune-epochs 0:3:1"),
         pruned("agp-90", "--sparsity 0.9 --prune-epochs 0:3:1", 90.70, 85.67),
         pruned("agp-95", "--sparsity 0.95 --prune-epochs 0:3:1", 98.42, 92.79),
         at_once(50),
