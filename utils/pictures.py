@@ -87,13 +87,14 @@ def sparsity_picture(rows, path):
         perplexity = record["results"]["test"]["perplexity"]
         kinds[kind][0].append((part, perplexity))
         if kind == "while training":
-            labels.setdefault((round(part), round(perplexity)), ((part, perplexity), []))[1].append(name)
+            near = [point for point in labels if abs(point[0] - part) < 1 and abs(point[1] - perplexity) < 2]
+            labels.setdefault((near or [(part, perplexity)])[0], []).append(name)
         if published is not None:
             kinds["published"][0].append((part, published))
     for label, (points, style, color) in kinds.items():
         if points:
             axes.plot(*zip(*sorted(points), strict=True), style, color=color, ms=5, label=label)
-    for point, names in labels.values():
+    for point, names in labels.items():
         axes.annotate(", ".join(names), point, textcoords="offset points", xytext=(6, 3), fontsize=8)
     shown = [perplexity for kind in ("while training", "published") for _, perplexity in kinds[kind][0]]
     axes.set(xlabel="weights that are zero, %", ylabel="perplexity of the test split")
