@@ -24,6 +24,7 @@ from models.softmax import IGNORE
 
 from . import UserError, checkpoint, runtime
 from .evaluation import evaluate
+from .quantization import steps
 
 REPOSITORY = "IntelLabs/distiller"
 NEVER_CALLED = {
@@ -160,13 +161,18 @@ class Distiller:
         self.folder = tempfile.TemporaryDirectory()
 
     def collect(self, ids):
-        """Take statistics from a text, in ten columns."""
+        """Take statistics from a text, read as ours is."""
         from distiller.data_loggers import collect_quant_stats
 
         self.package.utils.assign_layer_fq_names(self.model)
-        scored = Scored(self.model, self.shape)
-        with quiet():
-            collect_quant_stats(self.model, lambda model: evaluate(scored, ids, 10), save_dir=self.folder.name)
+        with quiet(), torch.inference_mode():
+            collect_quant_stats(self.model, lambda model: self.read(steps(ids)), save_dir=self.folder.name)
+
+    def read(self, text):
+        """Read a text [(T, B)]."""
+        state = Scored(self.model, self.shape).initial_state(text[0].shape[1])
+        for tokens in text:
+            _, state = self.model(tokens, state)
 
     def score(self, settings, ids, batch_size):
         """Perplexity of ids (N,) under settings, names of quantization.SETTINGS; None: in float32."""

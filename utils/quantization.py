@@ -106,12 +106,17 @@ def apart(saved):
     return model
 
 
+def steps(ids):
+    """The text ids (N,) that statistics are taken from, as it is read: tokens [(T, B)], B at most COLUMNS."""
+    stream = columns(ids, min(COLUMNS, max(1, len(ids) // 2)))
+    return [tokens for tokens, _ in windows(stream, window_lengths(len(stream) - 1, evaluation.STEPS))]
+
+
 @torch.inference_mode()
-def observe(model, stream, means, label=None):
-    """Statistics of one pass over stream (T, B) by a model taken apart; means {operation: mean}: of the pass before."""
-    model.operations, state = Statistics(means), model.initial_state(stream.shape[1])
-    lengths = window_lengths(len(stream) - 1, evaluation.STEPS)
-    for _, (tokens, _) in zip(report.progress(lengths, label), windows(stream, lengths), strict=True):
+def observe(model, text, means, label=None):
+    """Statistics of one pass over text [(T, B)] by a model taken apart; means {operation: mean}: of the pass before."""
+    model.operations, state = Statistics(means), model.initial_state(text[0].shape[1])
+    for tokens in report.progress(text, label):
         hidden, state = model.hidden(tokens, state)
         model.log_probs(hidden)
     return model.operations.results()
@@ -119,9 +124,9 @@ def observe(model, stream, means, label=None):
 
 def collect(saved, ids):
     """The statistics {operation: {...}} of a checkpoint's model on a text; saved: the checkpoint; ids (N,)."""
-    model, stream = apart(saved), columns(ids, min(COLUMNS, max(1, len(ids) // 2)))
-    first = observe(model, stream, {}, "statistics, pass 1")
-    return observe(model, stream, {name: own["mean"] for name, own in first.items()}, "statistics, pass 2")
+    model, text = apart(saved), steps(ids)
+    first = observe(model, text, {}, "statistics, pass 1")
+    return observe(model, text, {name: own["mean"] for name, own in first.items()}, "statistics, pass 2")
 
 
 def write_statistics(path, statistics):
@@ -149,7 +154,7 @@ def operations(config):
     """{operation: its kind} of a model that a checkpoint's config describes, in the order of their first use."""
     plain = {name: value for name, value in config.items() if name not in ("native", "sparse")}
     model = build({**plain, "quantization": {**SETTINGS, "statistics": {}}}).eval()
-    return {name: own["kind"] for name, own in observe(model, torch.zeros(2, 1, dtype=torch.int64), {}).items()}
+    return {name: own["kind"] for name, own in observe(model, [torch.zeros(1, 1, dtype=torch.int64)], {}).items()}
 
 
 def check(settings, saved):
