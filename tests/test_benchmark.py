@@ -352,7 +352,7 @@ def test_speed_refuses_what_it_does_not_know(candidates, fails):
 
 
 @pytest.mark.parametrize(
-    "name", ("speed", "qrnn", "awd", "cuda", "compression", "xeon/speed", "xeon/qrnn", "genoa/speed")
+    "name", ("speed", "qrnn", "awd", "cuda", "compression", "xeon/speed", "xeon/qrnn", "genoa/speed", "genoa/qrnn")
 )
 def test_a_page_is_what_its_records_say(name):
     """Each record of a measurement in results/NAME/ is rendered between its markers."""

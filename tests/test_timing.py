@@ -36,10 +36,12 @@ def test_views_and_empty_tensors_are_no_launches():
 
 
 def test_products_of_a_linear_layer():
-    """Forward, gradient of the input, gradient of the weight; with a bias and in the packed form of a loop."""
+    """Forward, gradients of the input and the weight; added to one in place; with a bias in the packed form of a loop."""
     layer, x = nn.Linear(5, 7), torch.randn(3, 5, requires_grad=True)
     expected = {(3, 5, 7): 1, (3, 7, 5): 1, (7, 3, 5): 1}
     assert shapes(timing.count(lambda: layer(x).sum().backward())) == expected
+    total = torch.zeros(5, 7)
+    assert shapes(timing.count(lambda: total.addmm_(torch.randn(5, 3), torch.randn(3, 7)))) == {(5, 3, 7): 1}
     packed = timing.count(lambda: step_linear(layer.weight, layer.bias)(x).sum().backward())
     assert shapes(packed) == expected
     assert sum(kind == "packed" for kind, *_ in packed.products) == 2

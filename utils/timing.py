@@ -44,7 +44,7 @@ class Operations(TorchDispatchMode):
         self.launches += not (operation.is_view or name.startswith(FREE))
         if name == "mm":
             self.add(args[0], args[1])
-        elif name == "addmm":
+        elif name in ("addmm", "addmm_"):
             self.add(args[1], args[2])
         elif name == "mkldnn::_linear_pointwise":
             rows, (n, k) = args[0].numel() // args[0].shape[-1], args[1].shape
