@@ -36,7 +36,7 @@ def test_views_and_empty_tensors_are_no_launches():
 
 
 def test_products_of_a_linear_layer():
-    """Forward, gradients of the input and the weight; added to one in place; with a bias in the packed form of a loop."""
+    """Forward, gradients of the input and the weight; added in place; with a bias in the packed form of a loop."""
     layer, x = nn.Linear(5, 7), torch.randn(3, 5, requires_grad=True)
     expected = {(3, 5, 7): 1, (3, 7, 5): 1, (7, 3, 5): 1}
     assert shapes(timing.count(lambda: layer(x).sum().backward())) == expected
