@@ -100,7 +100,9 @@ def sparsity_picture(rows, path):
     axes.set(xlabel="weights that are zero, %", ylabel="perplexity of the test split")
     axes.set_xscale("function", functions=(lambda part: -np.log(100 - part), lambda left: 100 - np.exp(-left)))
     axes.set_xticks([0, 50, 70, 80, 90, 95])
-    axes.set(xlim=(-8, 96.5), ylim=(0.95 * min(shown), 1.3 * max(shown)))
+    axes.set_xlim(-8, 96.5)
+    if shown:
+        axes.set_ylim(0.95 * min(shown), 1.3 * max(shown))
     _plain(axes)
     figure.savefig(path, dpi=120)
 
