@@ -170,9 +170,10 @@ class Distiller:
 
     def read(self, text):
         """Read a text [(T, B)]."""
-        state = Scored(self.model, self.shape).initial_state(text[0].shape[1])
+        scored = Scored(self.model, self.shape)
+        state = scored.initial_state(text[0].shape[1])
         for tokens in text:
-            _, state = self.model(tokens, state)
+            _, state = scored.hidden(tokens, state)
 
     def score(self, settings, ids, batch_size):
         """Perplexity of ids (N,) under settings, names of quantization.SETTINGS; None: in float32."""
