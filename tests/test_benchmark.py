@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import statistics
 from argparse import Namespace
 from functools import partial
 
@@ -14,7 +13,7 @@ import benchmark
 import train_rmc
 from data import Corpus
 from models import build
-from utils import UserError, ahead, measurements, parsing, report, scaling, tables, workers
+from utils import UserError, measurements, parsing, report, scaling, tables, workers
 
 SMALL = "--emsize 11 --nhid 11 --batch-size 7 --bptt 13"
 
@@ -149,22 +148,6 @@ def test_settings_are_compared_round_by_round(candidates, capsys, monkeypatch):
         "LSTM, port: ms/batch": "40 (30 to 50)",
         "times the first row's": "2.00 (1.00 to 5.00)",
     }
-
-
-def test_the_settings_of_the_readme_are_those_of_the_record():
-    """Medians of the ratios, to two digits."""
-    rows = report.read_record(benchmark.RESULTS / "xeon" / "speed" / "settings.json")["rows"]
-    first = {row["name"]: row["ms"] for row in rows if row["setting"] == "as it comes"}
-    ratios = {}
-    for row in rows:
-        ratio = statistics.median(own / plain for own, plain in zip(row["ms"], first[row["name"]], strict=True))
-        ratios.setdefault(row["setting"], []).append(f"{ratio:.2f}")
-    text = (benchmark.RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    assert all(
-        f"| `{setting}` | {' | '.join(ratios[setting])} |" in text
-        for setting in ratios
-        if setting not in ("as it comes", "--no-onednn")
-    )
 
 
 def test_what_differs_from_its_reference_is_not_timed(candidates, capsys, monkeypatch):
@@ -349,25 +332,6 @@ def test_speed_refuses_what_it_does_not_know(candidates, fails):
     message = fails(benchmark.main, "speed", "--only", "QRNN", "Transformer")
     assert "QRNN Transformer" in message and "LSTM, port, LSTM loop, port, GRU, port" in message
     assert "--rounds" in fails(benchmark.main, "speed", "--rounds", 0)
-
-
-@pytest.mark.parametrize(
-    "name", ("speed", "qrnn", "awd", "cuda", "compression", "xeon/speed", "xeon/qrnn", "genoa/speed", "genoa/qrnn")
-)
-def test_a_page_is_what_its_records_say(name):
-    """Each record of a measurement in results/NAME/ is rendered between its markers."""
-    page = benchmark.RESULTS / f"{name}.md"
-    for path in sorted((benchmark.RESULTS / name).glob("*.json")):
-        record = report.read_record(path)
-        text = page.read_text(encoding="utf-8").split(f"<!-- {path.stem} -->\n")[1].split(f"<!-- /{path.stem} -->")[0]
-        assert text.strip() == tables.RENDERERS[record["kind"]](record).strip(), path.name
-
-
-@pytest.mark.parametrize("machine", ("xeon", "genoa"))
-def test_the_summary_of_the_peers_is_what_the_records_say(machine):
-    """Its table, from the records beside it."""
-    folder = benchmark.RESULTS / machine
-    assert ahead.summary_text(ahead.every(folder)) in (folder / "peers.md").read_text(encoding="utf-8")
 
 
 def test_quality_trains_and_scores(monkeypatch, tiny_corpus, tmp_path, capsys):
