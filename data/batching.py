@@ -7,7 +7,7 @@ from .files import CorpusError
 
 
 def columns(ids, batch_size):
-    """Cut a stream (N,) into B columns of equal length that are read side by side: int64 tensor (N // B, B).
+    """Cut a stream (N,) into B columns of equal length that are read side by side: int32 tensor (N // B, B).
 
     Column b continues where column b-1 ended; the N % B ids at the end are left out (training only; evaluation uses
     scored_columns). With the alphabet and B = 4: a g m s / b h n t / c i o u / d j p v / e k q w / f l r x.
@@ -19,21 +19,12 @@ def columns(ids, batch_size):
         raise CorpusError(
             f"{len(ids)} tokens can't fill {batch_size} columns of at least 2 tokens: use a smaller --batch-size"
         )
-    return torch.from_numpy(np.ascontiguousarray(ids[: length * batch_size].reshape(batch_size, length).T, np.int64))
+    return torch.from_numpy(np.ascontiguousarray(ids[: length * batch_size].reshape(batch_size, length).T, np.int32))
 
 
 def column_starts(length, count, seed):
-    """Where each of `count` columns of `length` words starts, for `rotated`: (1, count). seed fixes it."""
+    """Where each of `count` columns of `length` words starts, for `windows`: (1, count). seed fixes it."""
     return torch.from_numpy(np.random.default_rng(seed).integers(length, size=(1, count)))
-
-
-def rotated(stream, starts):
-    """Each column of a stream (N, B) from its own start (1, B) to its end and on from its beginning, (N, B).
-
-    The partial shuffle of Press 2019 (arXiv 1903.04167).
-    """
-    rows = (torch.arange(len(stream))[:, None] + starts) % len(stream)
-    return stream.gather(0, rows.to(stream.device))
 
 
 def window_lengths(steps, bptt):
@@ -56,15 +47,23 @@ def variable_lengths(steps, bptt, seed, longest=None):
     return lengths
 
 
-def windows(stream, lengths, start=0):
-    """Yield (tokens, targets), each (T, B), of consecutive windows; targets are the tokens one step later.
+def windows(stream, lengths, first=0, starts=None):
+    """Yield (tokens, targets), each (T, B) int64, of consecutive windows; targets are the tokens one step later.
 
-    stream: (N, B), as `columns` gives it. lengths: T of each window. start: the index of the first one to yield.
+    stream: (N, B), as `columns` gives it. lengths: T of each window. first: the index of the first one to yield.
+    starts: (1, B), each column is read from its own start to its end and on from its beginning (the partial shuffle of
+    Press 2019, arXiv 1903.04167); None: all from their beginnings.
     """
-    begin = sum(lengths[:start])
-    for length in lengths[start:]:
+    begin = sum(lengths[:first])
+    for length in lengths[first:]:
         end = begin + length
-        yield stream[begin:end], stream[begin + 1 : end + 1]
+        if starts is None:
+            block = stream[begin : end + 1]
+        else:
+            steps = torch.arange(begin, end + 1, device=stream.device)[:, None]
+            block = stream.gather(0, (steps + starts) % len(stream))
+        block = block.long()
+        yield block[:-1], block[1:]
         begin = end
 
 

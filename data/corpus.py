@@ -5,7 +5,6 @@ space separates; `<eos>` is added after each line. Ids are int32.
 """
 
 import hashlib
-import io
 import pickle
 import time
 import zlib
@@ -23,7 +22,10 @@ SOS = "<sos>"
 UNK = "<unk>"
 SPLITS = ("train", "valid", "test")
 CACHE_FORMAT = 1
-BLOCK = 1 << 22
+BLOCK = 1 << 20
+"""Characters, bytes or ids that are worked on at once: a large corpus does not fit into memory several times."""
+SEALED = 0x2144DF1C
+"""The CRC-32 of anything with its own CRC-32, four bytes with the lowest first, behind it."""
 
 
 class Vocabulary:
@@ -134,7 +136,7 @@ def split_file(folder, split):
 
 
 def read_blocks(path):
-    """Yield a text file in pieces of about four million characters that end with a line.
+    """Yield a text file in pieces of about BLOCK characters that end with a line.
 
     Raises CorpusError when the file can't be read, is empty or not UTF-8.
     """
@@ -195,11 +197,13 @@ def _build(paths, vocab, vocab_size):
     first_seen.default_factory = first_seen.__len__
     splits, types = {}, {}
     for split, path in paths.items():
-        blocks = [np.fromiter(map(first_seen.__getitem__, words), np.int32, len(words)) for words in read_words(path)]
-        splits[split] = np.concatenate(blocks)
+        ids = bytearray()
+        for words in read_words(path):
+            ids += np.fromiter(map(first_seen.__getitem__, words), np.int32, len(words)).tobytes()
+        splits[split] = np.frombuffer(ids, np.int32)
         types[split] = len(first_seen)
     words = list(first_seen)
-    counts = np.bincount(splits["train"], minlength=len(words))
+    counts = sum(np.bincount(part, minlength=len(words)) for part in _parts(splits["train"]))
 
     known = types["train"] if vocab == "train" else len(words)
     if known < len(words) or (vocab_size is not None and vocab_size < known):
@@ -210,8 +214,16 @@ def _build(paths, vocab, vocab_size):
     order = np.argsort(-counts, kind="stable")
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
-    splits = {split: rank[ids][array] for split, array in splits.items()}
+    new = rank[ids]
+    for array in splits.values():
+        for part in _parts(array):
+            part[:] = new[part]
     return [words[i] for i in order], counts[order].tolist(), splits
+
+
+def _parts(array):
+    """Views of an array (N,), one after another, of BLOCK elements at most."""
+    return [array[begin : begin + BLOCK] for begin in range(0, len(array), BLOCK)]
 
 
 def _restrict(words, counts, known, vocab_size):
@@ -240,19 +252,25 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
 
 
-def _checksum(payload):
-    """Four bytes after the pickle, which its reader does not look at."""
-    return zlib.crc32(payload).to_bytes(4, "little")
+class _Sealing:
+    """What the pickler writes to: a file, and the CRC-32 of all that went into it."""
+
+    def __init__(self, file):
+        self.file, self.checksum = file, 0
+
+    def write(self, data):
+        self.checksum = zlib.crc32(data, self.checksum)
+        return self.file.write(data)
 
 
 def _write_cache(path, key, content, notice):
     words, counts, splits = content
-    arrays = {split: bytearray(array.astype("<i4").tobytes()) for split, array in splits.items()}
-    payload = pickle.dumps({"key": key, "words": words, "counts": counts, "ids": arrays}, 5)
+    buffers = {split: pickle.PickleBuffer(array.astype("<i4", copy=False)) for split, array in splits.items()}
     try:
         with atomic_write(path) as file:
-            file.write(payload)
-            file.write(_checksum(payload))
+            sealing = _Sealing(file)
+            pickle.dump({"key": key, "words": words, "counts": counts, "ids": buffers}, sealing, 5)
+            file.write(sealing.checksum.to_bytes(4, "little"))
     except OSError as error:
         notice(f"{path} can't be written ({error.strerror}): the corpus will be tokenized again next time")
 
@@ -260,18 +278,21 @@ def _write_cache(path, key, content, notice):
 def _read_cache(path, key, notice):
     """Words, counts and {split: ids} of the cache, or None when it is absent, stale or damaged (with a notice)."""
     try:
-        payload = path.read_bytes()
-    except OSError:
-        return None
-    try:
-        if payload[-4:] != _checksum(memoryview(payload)[:-4]):
-            raise ValueError("checksum mismatch")
-        content = _PlainUnpickler(io.BytesIO(payload)).load()
+        with open(path, "rb") as file:
+            checksum = 0
+            while block := file.read(BLOCK):
+                checksum = zlib.crc32(block, checksum)
+            if checksum != SEALED:
+                raise ValueError("checksum mismatch")
+            file.seek(0)
+            content = _PlainUnpickler(file).load()
         if content["key"] != key:
             notice(f"{path} is stale: the text or the vocabulary options have changed; rebuilding it")
             return None
         splits = {split: np.frombuffer(content["ids"][split], "<i4") for split in SPLITS}
         return content["words"], content["counts"], splits
+    except OSError:
+        return None
     except Exception as error:  # a damaged pickle can raise almost anything
         notice(f"{path} is damaged ({type(error).__name__}: {error}); rebuilding it")
         return None

@@ -10,7 +10,6 @@ from data.batching import (
     column_starts,
     columns,
     padded,
-    rotated,
     scored_columns,
     sentence_batches,
     sentences,
@@ -41,11 +40,12 @@ def test_columns_are_those_of_the_alphabet_picture():
     assert rows == ["agms", "bhnt", "ciou", "djpv", "ekqw", "flrx"]
 
 
-def test_columns_are_int64_that_torch_can_index_with():
-    """int32 ids of the corpus become the dtype and the memory order that an embedding reads fastest."""
+def test_windows_are_int64_that_torch_can_index_with():
+    """The columns take no more memory than the corpus's ids; an embedding reads int64 of one memory order fastest."""
     stream = columns(ALPHABET, 3)
-    assert stream.dtype == torch.int64
-    assert stream.is_contiguous()
+    assert stream.dtype == torch.int32
+    for part in next(windows(stream, [5])):
+        assert part.dtype == torch.int64 and part.is_contiguous()
 
 
 def test_one_column_is_the_whole_stream():
@@ -64,11 +64,14 @@ def test_columns_without_a_target_are_refused(count, batch_size):
     assert "\n" not in str(error.value)
 
 
-def test_rotated_columns():
-    """Each from its own start around its end; the stream itself stays."""
+def test_columns_may_each_start_elsewhere():
+    """Each from its own start around its end, over the windows' borders; the stream itself stays."""
     stream = columns(ALPHABET, 4)
-    rows = ["".join(map(chr, row)) for row in rotated(stream, torch.tensor([[0, 1, 5, 2]])).tolist()]
-    assert rows == ["ahru", "bimv", "cjnw", "dkox", "elps", "fgqt"]
+    pairs = list(windows(stream, [2, 3], starts=torch.tensor([[0, 1, 5, 2]])))
+    rows = ["".join(map(chr, row)) for row in torch.cat([tokens for tokens, _ in pairs]).tolist()]
+    assert rows == ["ahru", "bimv", "cjnw", "dkox", "elps"]
+    rows = ["".join(map(chr, row)) for row in torch.cat([targets for _, targets in pairs]).tolist()]
+    assert rows == ["bimv", "cjnw", "dkox", "elps", "fgqt"]
     assert "".join(map(chr, stream[0].tolist())) == "agms"
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import tempfile
+import tracemalloc
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -278,6 +279,18 @@ def test_a_second_load_reads_the_cache(cached, monkeypatch):
     assert {array.dtype for array in (loaded.train, loaded.valid, loaded.test)} == {np.dtype("int32")}
     assert (loaded.name, loaded.options, loaded.checksums) == (first.name, first.options, first.checksums)
     loaded.train[0] = 0
+
+
+def test_a_large_text_is_never_in_memory_as_a_whole(make, monkeypatch):
+    """Building and reading the cache take the ids, four bytes a word, and little more; 200,000 words."""
+    folder = make({**TEXTS, "train": f"{' '.join(f'w{number % 101}' for number in range(999))}\n" * 200})
+    monkeypatch.setattr(corpus, "BLOCK", 1 << 12)
+    for _ in ("built", "cached"):
+        tracemalloc.start()
+        loaded = Corpus.load(folder, notice=str)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 1.6 * loaded.train.nbytes
 
 
 @pytest.mark.parametrize("split", SPLITS)

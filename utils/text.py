@@ -4,7 +4,6 @@ from data.batching import (
     column_starts,
     columns,
     padded,
-    rotated,
     sentence_batches,
     sentences,
     variable_lengths,
@@ -47,17 +46,17 @@ class Columns:
 
     def cut(self, epoch):
         """Choose where the epoch's columns start and the lengths of its windows; returns how many those are."""
-        self.text = self.stream
+        self.starts = None
         if self.args.partial_shuffle:
             length, count = self.stream.shape
             starts = column_starts(length, count * self.processes.size, [self.args.seed, epoch, 1])
-            self.text = rotated(self.stream, self.processes.own_columns(starts))
+            self.starts = self.processes.own_columns(starts).to(self.stream.device)
         self.lengths = epoch_lengths(len(self.stream) - 1, self.args, epoch)
         return len(self.lengths)
 
     def batches(self, start):
         """Yield (tokens, targets), each (T, B), from the epoch's window `start` on."""
-        return windows(self.text, self.lengths, start)
+        return windows(self.stream, self.lengths, start, self.starts)
 
 
 class Sentences:
