@@ -181,7 +181,9 @@ PLANS = {
         trained("rmc-paper", "train_rmc.py --data wikitext-2"),
         trained("rmc-port", "train_rmc.py --data wikitext-2 --variant port", 112.77, 107.21),
         trained("lstm-fast", f"train_rnn.py {WIKI_FAST} --lr 3e-3 --epochs 20", 111.31, 105.56),
-        trained("rmc-fast", f"train_rmc.py {WIKI_FAST} --variant port --lr 2e-3 --epochs 12", 112.77, 107.21),
+        trained(
+            "rmc-fast", f"train_rmc.py {WIKI_FAST} --variant port --amp bf16 --lr 2e-3 --epochs 12", 112.77, 107.21
+        ),
     ),
     "rmc-search": (
         search(128, 4, 3, 128, False, 1, 128.81),
