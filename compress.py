@@ -1,4 +1,4 @@
-"""Make a trained model smaller: prune it at once, take hidden units out, keep no zeros, or quantize it."""
+"""Make a trained model smaller: prune it at once, take hidden units out, keep no zeros, halve its file, quantize it."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ def build_parser():
     """The flags of this script."""
     parser = cli.Parser(description=__doc__)
     add_model(parser)
-    commands = parser.add_subparsers(dest="command", metavar="{prune,sparse,quantize}")
+    commands = parser.add_subparsers(dest="command", metavar="{prune,sparse,bf16,quantize}")
     prune = commands.add_parser("prune", help="set weights to zero, or with --structured remove units")
     add_model(prune, default=argparse.SUPPRESS)
     prune.add_argument("--output", default="pruned.pt", metavar="PATH", help="where the smaller checkpoint goes")
@@ -38,6 +38,9 @@ def build_parser():
     thin = commands.add_parser("sparse", help="keep only what pruning left: rows without their zeros, faster products")
     add_model(thin, default=argparse.SUPPRESS)
     thin.add_argument("--output", default="sparse.pt", metavar="PATH", help="where the smaller checkpoint goes")
+    half = commands.add_parser("bf16", help="weights of two bytes in the file, computed with in float32 as before")
+    add_model(half, default=argparse.SUPPRESS)
+    half.add_argument("--output", default="bf16.pt", metavar="PATH", help="where the smaller checkpoint goes")
     add_quantize(commands.add_parser("quantize", help="integers of few bits, simulated or native"))
     return parser
 
@@ -118,6 +121,16 @@ def sparse(args, model, saved):
     return {"config": {**saved["config"], "sparse": counts}, "weights": weights, "pruning": UNPRUNED}
 
 
+def bf16(args, model, saved):
+    """The checkpoint with its weights in bfloat16, which become float32 again where they are read; tied ones once."""
+    made, weights = {}, {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if id(weight) not in made:
+            made[id(weight)] = weight.detach().bfloat16()
+        weights[name] = made[id(weight)]
+    return {"config": saved["config"], "weights": weights, "pruning": saved["pruning"]}
+
+
 def quantize(args, model, saved):
     """The checkpoint with the settings of its quantization; its weights stay what they are."""
     settings = {name: getattr(args, name) for name in quantization.SETTINGS}
@@ -151,13 +164,13 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if not args.command and not args.summary:
-        parser.error("nothing to do: give a command, prune, sparse or quantize, or --summary")
+        parser.error("nothing to do: give a command, prune, sparse, bf16 or quantize, or --summary")
     model, _, saved = checkpoint.load_model(args.checkpoint, "cpu")
     if args.command and {"native", "sparse"} & saved["config"].keys():
         raise UserError(f"{args.checkpoint} is compressed already: give the checkpoint that it was made of")
     if args.command:
         before = model.num_params()
-        commands = {"quantize": quantize, "sparse": sparse, "prune": prune}
+        commands = {"quantize": quantize, "sparse": sparse, "bf16": bf16, "prune": prune}
         command = prune_units if getattr(args, "structured", False) else commands[args.command]
         smaller = command(args, model, saved)
         kept = {name: saved[name] for name in ("vocabulary", "args", "corpus", "best")}

@@ -76,6 +76,20 @@ def test_sparse(tiny_checkpoint, tmp_path, capsys, fails):
     assert "does not fit the model" in fails(evaluate.main, "--checkpoint", output)
 
 
+def test_bf16(tiny_checkpoint, tmp_path, capsys):
+    """Weights of two bytes, within half a step of eight bits; what is tied lies in the file once; it can go on."""
+    output = tmp_path / "bf16.pt"
+    compress.main(["bf16", "--checkpoint", str(tiny_checkpoint), "--output", str(output)])
+    before, after = checkpoint.load(tiny_checkpoint)["weights"], checkpoint.load(output)["weights"]
+    assert before.keys() == after.keys() and {weight.dtype for weight in after.values()} == {torch.bfloat16}
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name].float(), weight, rtol=2**-8, atol=0)
+    assert after["head.weight"].data_ptr() == after["embedding.weight"].data_ptr()
+    assert abs(perplexity(output, capsys) / perplexity(tiny_checkpoint, capsys) - 1) < 1e-3
+    generate.main(["--checkpoint", str(output), "--words", "20", "--outf", str(tmp_path / "text")])
+    assert len((tmp_path / "text").read_text().split()) == 20
+
+
 def test_chosen_weights(tiny_checkpoint, tmp_path):
     """--weights prunes what its patterns name."""
     output = tmp_path / "pruned.pt"
