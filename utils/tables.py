@@ -63,16 +63,22 @@ def speed_text(record):
 
 
 def settings_text(record):
-    """The markdown of a settings record: milliseconds of each setting, and times what it takes as it comes."""
+    """The markdown of a settings record: milliseconds of each setting, and times what it takes as it comes.
+
+    Cells of what was not timed are empty.
+    """
     taken = {}
     for row in record["rows"]:
         taken.setdefault(row["name"], {})[row["setting"]] = row["ms"]
     plain = record["rows"][0]["setting"]
     columns = [column for name in taken for column in (f"{name}: ms/batch", "times the first row's")]
     rows = []
-    for setting in next(iter(taken.values())):
+    for setting in dict.fromkeys(row["setting"] for row in record["rows"]):
         row = [f"`{setting}`" if setting != plain else plain]
         for ways in taken.values():
+            if setting not in ways:
+                row += ["", ""]
+                continue
             ratios = [own / unchanged for own, unchanged in zip(ways[setting], ways[plain], strict=True)]
             row += [spread(ways[setting]), spread(ratios, 2)]
         rows.append(row)

@@ -41,6 +41,8 @@ class Candidate:
         torch.manual_seed(self.flags.seed)
         self.config = module.model_config(self.flags, args.vocab_size)
         self.model = build(self.config).to(self.device)
+        if self.flags.compile:
+            runtime.compile_passes(self.model.core)
         batch, bptt = self.flags.batch_size, self.flags.bptt
         ids = np.random.default_rng(0).zipf(1.1, batch * (bptt + 1)) % args.vocab_size
         self.tokens, self.targets = next(windows(columns(ids, batch).to(self.device), [bptt]))
