@@ -22,7 +22,7 @@ def lstm(x_gates, w_hh, h, c, dtype):
     backward pass has the gates with an error of 1.5e-5.
     """
     output, c = _LSTM.apply(x_gates, w_hh, h, c, dtype)
-    return output, output[-1], c
+    return output, output[-1].clone(), c
 
 
 class _LSTM(torch.autograd.Function):

@@ -132,7 +132,7 @@ class QRNNLayer(nn.Module):
         backend = self.backend or ("torch" if x.is_cuda and not self.use_cuda else None)
         output, c = pool(gates, c, self.mode, self.candidate, update, keep, self.reverse, backend)
         rest = self.window - 1
-        return output, c, padded[:rest] if self.reverse else padded[len(padded) - rest :]
+        return output, c, (padded[:rest] if self.reverse else padded[len(padded) - rest :]).clone()
 
 
 class QRNN(nn.Module):

@@ -120,7 +120,7 @@ class RelationalMemory(nn.Module):
             memories = self._walk(x, x_qkv, x_gates, memory, projected)
         else:
             memories = self._loop(x, x_qkv, x_gates, memory)
-        return memories.flatten(2), memories[-1].transpose(0, 1).contiguous()
+        return memories.flatten(2), memories[-1].transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
     def _walk(self, x, x_qkv, x_gates, memory, projected):
         """The steps by the compiled kernels of rmc_walk.py; projected (S, B, Q): W_qkv [M] + b of a single step."""

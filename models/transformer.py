@@ -57,7 +57,7 @@ class Transformer(nn.Module):
 
     def last(self, rows):
         """Of rows (past + T, B, features) those that the next window looks back at."""
-        return rows[len(rows) - self.past :]
+        return rows[len(rows) - self.past :].clone()
 
     def scores(self, there, steps):
         """there (past + T, B) -> what is added to the scores of attention, (B * nhead, T, past + T)."""

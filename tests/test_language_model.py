@@ -305,3 +305,28 @@ def test_lecun_start_leaves_what_normalizes_and_gate_constants():
     same = [name for name, value in states[0].items() if torch.equal(value, states[1][name])]
     assert any("norm" in name for name in same) and not any("norm" in name for name in set(states[0]) - set(same))
     assert "embedding.weight" not in same and "head.weight" not in same
+
+
+SIZES = {"emsize": EMSIZE, "nhid": 401, "nlayers": 2}
+CARRIED = {
+    "LSTM": ("rnn", {"model": "LSTM", **SIZES}),
+    "LSTM loop": ("rnn", {"model": "LSTM", **SIZES, "loop": True}),
+    "GRU": ("rnn", {"model": "GRU", **SIZES}),
+    "RMC": ("rmc", {"emsize": EMSIZE, "headsize": 5, "numheads": 3}),
+    "RMC, port, slots": ("rmc", {"emsize": EMSIZE, "headsize": 5, "numheads": 3, "variant": "port", "memslots": 2}),
+    "QRNN": ("qrnn", {**SIZES, "window": 3}),
+    "AWD-LSTM": ("awd", {"model": "LSTM", **SIZES, "tied": False, "wdrop": 0.5}),
+    "AWD-QRNN": ("awd", {"model": "QRNN", **SIZES, "tied": False, "wdrop": 0.5}),
+    "Transformer": ("transformer", {"emsize": 6, "nhead": 2, "nhid": 5, "nlayers": 1, "context": 3}),
+}
+
+
+@pytest.mark.parametrize("amp", (False, True), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize(("family", "core"), CARRIED.values(), ids=CARRIED)
+def test_the_state_keeps_no_more_than_itself(family, core, amp):
+    """It lives until the next window ends; a view of what a whole window made would keep all of that as long."""
+    model = build({"family": family, "core": core, "vocab_size": WORDS, "tied": False})
+    tokens = torch.randint(WORDS, (STEPS, BATCH))
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        *_, state = model(tokens, tokens, model.initial_state(BATCH))
+    assert [part.untyped_storage().nbytes() for part in state] == [part.nbytes for part in state]
