@@ -32,7 +32,8 @@ class Processes:
         if self.size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        # gradients lie in the buffers that are sent: neither copied nor twice in memory
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def own_columns(self, tensor):
         """This process's part of a tensor (..., B, ...) with B at dim 1."""
