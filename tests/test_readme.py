@@ -146,6 +146,8 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys, corpus_folde
     small_splits(tmp_path / "data" / "penn")
     shutil.copy(ROOT / "README.md", "README.md")
     shutil.copytree(ROOT / "schedules", "schedules")
+    os.mkdir("results")
+    shutil.copy(ROOT / "results" / "rmc-wikitext-2.pt", "results")
     small_splits(pydocs.ensure(tmp_path / "data" / "pydocs"))
     run = 0
 
