@@ -123,11 +123,8 @@ def sparse(args, model, saved):
 
 def bf16(args, model, saved):
     """The checkpoint with its weights in bfloat16, which become float32 again where they are read; tied ones once."""
-    made, weights = {}, {}
-    for name, weight in model.state_dict(keep_vars=True).items():
-        if id(weight) not in made:
-            made[id(weight)] = weight.detach().bfloat16()
-        weights[name] = made[id(weight)]
+    made, parameters = {}, model.state_dict(keep_vars=True)
+    weights = {name: made.setdefault(id(each), each.detach().bfloat16()) for name, each in parameters.items()}
     return {"config": saved["config"], "weights": weights, "pruning": saved["pruning"]}
 
 
