@@ -146,6 +146,30 @@ def test_settings_are_compared_round_by_round(candidates, capsys, monkeypatch):
     assert rows[-1][1:] == [changed, "2.00 (1.00 to 5.00)", "", " |"]
 
 
+def test_without_a_compiler_the_other_settings_are_timed(candidates, capsys, monkeypatch):
+    """A line says what is missing; what else is wrong with --compile or without it is not hidden."""
+
+    def worker(script, flags, peer, checkout, args):
+        if "--compile" in flags or args.threads:
+            raise trouble
+        return Stand_in((10.0, 20.0))
+
+    monkeypatch.setattr(measurements, "Worker", worker)
+    few = {"as it comes": {}, "--no-numba": {"numba": False}}
+    monkeypatch.setattr(measurements, "SETTINGS", few)
+    command = ["settings", "--only", "LSTM, port", "--rounds", "1", "--warmup", "1", "--vocab-size", "53"]
+    trouble = UserError("no C++ compiler")
+    benchmark.main(command)
+    out = capsys.readouterr().out
+    assert "| --compile is not timed: no C++ compiler" in out
+    assert "| `--no-numba` |" in out and "| `--compile` |" not in out
+    with pytest.raises(UserError, match="no C"):
+        benchmark.main([*command, "--threads", "1"])
+    trouble = ValueError("a bug")
+    with pytest.raises(ValueError, match="a bug"):
+        benchmark.main(command)
+
+
 def test_what_differs_from_its_reference_is_not_timed(candidates, capsys, monkeypatch):
     """It is left out with a line; the others stay; every process is let go."""
     made = []

@@ -85,10 +85,10 @@ def examples(corpus, published):
     )
 
 
-def sentences(name, script, flags, test):
-    """A Row of the log-space seed's comparison."""
+def sentences(name, command, training, test):
+    """A Row of the log-space seed's comparison. command: script and model. training: how."""
     make = "-m data.sentences data/wikitext-2"
-    return Row(name, (make, f"{script} {SENTENCES} {flags}"), test=test)
+    return Row(name, (make, f"{command} {SENTENCES} {training}"), test=test)
 
 
 def equal(name, script, flags=""):
@@ -101,14 +101,19 @@ def equal(name, script, flags=""):
 
 SENTENCES = (
     "--data wikitext-2-sentences --sentences --vocab train --vocab-size 10002 --emsize 300 --nhid 640 --nlayers 2 "
-    "--dropout 0.4 --no-tied --optimizer adamw --lr 1e-3 --wdecay 0.01 --clip 0 --batch-size 32 --epochs 40 "
-    "--schedule constant"
+    "--no-tied --batch-size 32"
 )
-"""The 10,000 most frequent words, <sos> and <eos>; AdamW as torch has it."""
+"""The 10,000 most frequent words, <sos> and <eos>."""
+LOG_SPACE_TRAINING = "--dropout 0.4 --optimizer adamw --lr 1e-3 --wdecay 0.01 --clip 0 --epochs 40 --schedule constant"
+"""AdamW as torch has it."""
+SENTENCES_FAST = (
+    "--dropout 0.3 --optimizer adam --lr 2e-3 --wdecay 1.2e-6 --clip 0.25 --epochs 5 --schedule onecycle --amp bf16"
+)
+"""The same models in less than an hour of two cores each."""
 LOG_SPACE = "--recipe fast --window 5 --mode fo --candidate sigmoid --zoneout 0.1"
 EQUAL = (
     "--data penn --num-params 11e6 --tied --optimizer adam --lr 2e-3 --clip 0.25 --wdecay 1.2e-6 --batch-size 40 "
-    "--bptt 70 --dropout 0.4"
+    "--bptt 70 --dropout 0.4 --amp bf16"
 )
 """11 million parameters, the head's included; one optimizer for all."""
 WIKI_FAST = (
@@ -116,7 +121,7 @@ WIKI_FAST = (
     "--batch-size 40 --bptt 70 --partial-shuffle --dropout 0.45"
 )
 """The port's models in two hours of two cores: Adam in one cycle, rare words in clusters that keep the tied matrix."""
-AWD_EQUAL = "--no-variable-bptt --dropouti 0.3 --dropouth 0.2 --dropoute 0.05 --alpha 0 --beta 0 --amp off"
+AWD_EQUAL = "--no-variable-bptt --dropouti 0.3 --dropouth 0.2 --dropoute 0.05 --alpha 0 --beta 0"
 QRNN_PAPER = (
     "--data penn --emsize 640 --nhid 640 --nlayers 2 --dropout 0.5 --no-tied --init lecun --optimizer sgd --lr 1 "
     "--average columns --clip 10 --wdecay 2e-4 --batch-size 20 --bptt 105 --epochs 72 --schedule step --decay 0.95 "
@@ -133,6 +138,8 @@ EXAMPLES = {
     "lstm-1500-tied": "--emsize 1500 --nhid 1500 --dropout 0.65 --tied",
 }
 """The commands of pytorch/examples' README; 40 epochs where not said."""
+EXAMPLE_FAST = "--epochs 6 --optimizer adam --lr 4e-3 --wdecay 1.2e-6 --schedule onecycle --partial-shuffle --amp bf16"
+"""Six epochs of the same model by Adam in one cycle."""
 AWD_LSTM = "--data penn --batch-size 20 --dropouti 0.4 --dropouth 0.25 --seed 141"
 AWD_QRNN = (
     "--data penn --model QRNN --batch-size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --emsize 400 "
@@ -163,17 +170,20 @@ PLANS = {
         ),
         trained("lstm-200-tied-40-decay", f"{EXAMPLE} --data wikitext-2 --tied --wdecay 1e-6", 101.13, 96.29),
     ),
-    "word-language-model-penn": examples(
-        "penn",  # published: pytorch/examples' README at bcea1f5; later ones said WikiText-2 of the same figures
-        {
-            "lstm-200": (None, 117.61),
-            "lstm-200-tied": (None, 110.44),
-            "lstm-200-tied-40": (None, 87.17),
-            "lstm-650": (None, 80.97),
-            "lstm-650-tied": (None, 75.96),
-            "lstm-1500": (None, 77.42),
-            "lstm-1500-tied": (None, 72.3),
-        },
+    "word-language-model-penn": (
+        *examples(
+            "penn",  # published: pytorch/examples' README at bcea1f5; later ones said WikiText-2 of the same figures
+            {
+                "lstm-200": (None, 117.61),
+                "lstm-200-tied": (None, 110.44),
+                "lstm-200-tied-40": (None, 87.17),
+                "lstm-650": (None, 80.97),
+                "lstm-650-tied": (None, 75.96),
+                "lstm-1500": (None, 77.42),
+                "lstm-1500-tied": (None, 72.3),
+            },
+        ),
+        trained("lstm-200-tied-fast", f"{EXAMPLE} --data penn --tied {EXAMPLE_FAST}", None, 110.44),
     ),
     "wikitext2": (  # L0SG/relational-rnn-pytorch; its RMC's test figure counts a short last chunk as a whole one
         trained("lstm", "train_rnn.py --data wikitext-2", 111.31, 105.56),
@@ -209,8 +219,10 @@ PLANS = {
         part(256, 4, 3, 256, False, 1),
     ),
     "qrnn-10k": (  # LGirrbach/PyTorch-QRNN, whose figures are of one batch each
-        sentences("qrnn", "train_qrnn.py", LOG_SPACE, 109.18),
-        sentences("lstm", "train_rnn.py", "", 98.48),
+        sentences("qrnn", f"train_qrnn.py {LOG_SPACE}", LOG_SPACE_TRAINING, 109.18),
+        sentences("lstm", "train_rnn.py", LOG_SPACE_TRAINING, 98.48),
+        sentences("qrnn-fast", f"train_qrnn.py {LOG_SPACE}", SENTENCES_FAST, 109.18),
+        sentences("lstm-fast", "train_rnn.py", SENTENCES_FAST, 98.48),
     ),
     "qrnn-penn": (  # Bradbury et al. 2017, table 2
         trained("lstm-72", f"train_rnn.py {QRNN_PAPER}", 85.7, 82.0),
