@@ -1,10 +1,12 @@
 """A small Transformer, to compare recurrent models with what is usual today."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 
+from .dropout import dropout
 from .language_model import ModelError
 
 
@@ -31,7 +33,7 @@ class Transformer(nn.Module):
             raise ModelError(f"--emsize {emsize} can't be shared by --nhead {nhead} heads: give a multiple of {nhead}")
         self.layers = nn.ModuleList(nn.TransformerEncoderLayer(emsize, nhead, nhid, dropout) for _ in range(nlayers))
         self.input_size = self.output_size = emsize
-        self.nhead, self.past = nhead, context - 1
+        self.nhead, self.past, self.dropout = nhead, context - 1, dropout
         self.loop = True
 
     def initial_state(self, batch_size):
@@ -44,15 +46,16 @@ class Transformer(nn.Module):
         """x (T, B, E), state as initial_state gives it -> output (T, B, E), state after the last step in its dtype."""
         there, *before = state
         x = x * math.sqrt(self.input_size)
+        drop = partial(dropout, p=self.dropout, training=self.training)
         there = torch.cat([there, there.new_ones(len(x), x.shape[1], 1)])
         scores, after = self.scores(there[..., 0], len(x)), [self.last(there)]
         for layer, past in zip(self.layers, before, strict=True):
             rows = torch.cat([past.to(x.dtype), x])
             after.append(self.last(rows).to(past.dtype))
             seen = layer.self_attn(x, rows, rows, attn_mask=scores.to(x.dtype), need_weights=False)[0]
-            x = layer.norm1(x + layer.dropout1(seen))
-            inner = layer.dropout(torch.relu(layer.linear1(x)))
-            x = layer.norm2(x + layer.dropout2(layer.linear2(inner)))
+            x = layer.norm1(x + drop(seen))
+            inner = drop(torch.relu(layer.linear1(x)))
+            x = layer.norm2(x + drop(layer.linear2(inner)))
         return x, tuple(after)
 
     def last(self, rows):
