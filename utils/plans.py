@@ -313,7 +313,15 @@ MEASURED = {
     "quantization": ("quantization {runs}/pruning/dense/best.pt --record quantization",),
     "wikitext103": (
         "memory --only WikiText-103 --vocab-size 267735 --record wikitext-103-memory",
-        "speed --only WikiText-103 --vocab-size 267735 --rounds 1 --warmup 1 --record wikitext-103",
+        *(  # one model after another: together they need more than 24 GiB
+            f"speed --only '{model}' --vocab-size 267735 --rounds 1 --warmup 1 --record wikitext-103-{name}"
+            for name, model in (
+                ("full", "RMC, WikiText-103, full softmax"),
+                ("tied", "RMC, WikiText-103, tied"),
+                ("adaptive", "RMC, WikiText-103, adaptive"),
+                ("awd-qrnn", "AWD-QRNN, WikiText-103, split"),
+            )
+        ),
     ),
 }
 """Tables that are measurements: of each, benchmark.py's sub-commands; {runs}: where all tables' runs are."""
