@@ -110,6 +110,20 @@ def test_dropout_in_training_only():
     assert torch.equal(*outputs[:2]) and not torch.equal(*outputs[2:]) and not torch.equal(*outputs[1:3])
 
 
+def test_every_place_of_dropout():
+    """Where all is dropped, of a layer only its norms are left, and nothing enters the second of its inner ones."""
+    core = make(dropout=1.0).train()
+    inner = []
+    for layer in core.layers:
+        layer.linear2.register_forward_pre_hook(lambda module, inputs: inner.append(inputs[0]))
+    x = torch.randn(5, 2, EMSIZE, dtype=torch.float64)
+    expected = x * EMSIZE**0.5
+    for layer in core.layers:
+        expected = layer.norm2(layer.norm1(expected))
+    assert torch.equal(core(x, core.initial_state(2))[0], expected)
+    assert len(inner) == LAYERS and not any(part.any() for part in inner)
+
+
 @pytest.mark.parametrize("amp", (False, True))
 def test_a_language_model_learns_in_either_type(amp):
     """A text of period 4 with carried state: sure of every word after 86 steps, and the state is float32."""
