@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -165,6 +166,20 @@ class InProcess:
 
     def end(self):
         pass
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved, in order."""
+    kept = []
+    save = matplotlib.figure.Figure.savefig
+
+    def savefig(figure, *args, **arguments):
+        kept.append(figure)
+        return save(figure, *args, **arguments)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    return kept
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Speed, memory and quality are measured as benchmark.py says."""
 
-import copy
 import importlib
 from argparse import Namespace
 from functools import partial
@@ -10,7 +9,6 @@ import torch
 from conftest import InProcess, cells, files
 
 import benchmark
-from data import Corpus
 from models import build
 from utils import UserError, measurements, parsing, report, tables, workers
 
@@ -185,40 +183,6 @@ def test_what_differs_from_its_reference_is_not_timed(candidates, capsys, monkey
     assert "GRU, port: its loss is 1.0e-04 off its reference, more than 1e-05: not timed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["LSTM, port", "LSTM loop, port"])
-def test_a_candidate_measures_its_own_step(candidates, name):
-    """Two calls are two updates; a loss near its reference's, unless a weight of the computation is another."""
-    args = benchmark.build_parser().parse_args(
-        ["speed", "--vocab-size", "53", "--threads", str(torch.get_num_threads())]
-    )
-    candidate = workers.Candidate(*measurements.CANDIDATES[name], None, None, args)
-    assert candidate.tokens.shape == candidate.targets.shape == (13, 7) and candidate.tokens.max() < 53
-    assert candidate.difference() < 1e-6
-    before, state = copy.deepcopy(candidate.model.state_dict()), candidate.state
-    full, forward = candidate.step()
-    assert full >= forward > 0 and candidate.forward() > 0
-    assert not torch.equal(before["head.weight"], candidate.model.head.weight)
-    assert not torch.equal(state[0], candidate.state[0])
-    assert candidate.launches() > 20
-    milliseconds, gflop = candidate.products()
-    # embedding to gates, hidden to gates, head; each with its two gradients
-    assert gflop == pytest.approx(3 * 2 * 7 * 13 * 11 * (44 + 44 + 53) / 1e9, rel=0.02) and milliseconds > 0
-    loss = candidate.model.head.loss
-    candidate.model.head.loss = lambda hidden, targets, *weight: loss(hidden, targets, *weight) * 1.001
-    assert candidate.difference() == pytest.approx(1e-3, rel=0.01)
-
-
-def test_a_process_that_dies_is_one_line(candidates):
-    """Its UserError is raised here; one that dies without a word is named."""
-    args = benchmark.build_parser().parse_args(["speed", "--vocab-size", "53"])
-    with pytest.raises(UserError, match=r"^gone/rnn_models\.py is not there: name a checkout of L0SG[^\n]*$"):
-        workers.Worker(*measurements.CANDIDATES["LSTM, port"], "port-rnn", "gone", args)
-    worker = workers.Worker(*measurements.CANDIDATES["LSTM, port"], None, None, args)
-    worker.process.kill()
-    with pytest.raises(UserError, match=r"^a process that measures has died[^\n]*$"):
-        worker("launches")
-
-
 def test_memory_prints_a_row_a_candidate(candidates, capsys):
     """Parameters, and a peak that is not nothing."""
     benchmark.main(["memory", "--vocab-size", "5003", "--only", "LSTM, port"])
@@ -272,16 +236,6 @@ def test_load_times_building_and_cache(capsys, tiny_corpus, tmp_path, kind, opti
     record = report.read_record(tmp_path / "speed" / "load-x.json")
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in record["rows"])
     assert tables.load_text(record) in (tmp_path / "speed.md").read_text(encoding="utf-8")
-
-
-def test_a_zipf_corpus(tmp_path):
-    """As many words and types as asked for, by falling frequency."""
-    workers.write_zipf(tmp_path, 30011, 53)
-    corpus = Corpus.load(tmp_path, notice=lambda line: None)
-    assert len(corpus.vocabulary) == 53 + 1
-    assert (corpus.train != corpus.vocabulary.ids["<eos>"]).sum() == 30011
-    words = [word for word in corpus.vocabulary.words if word != "<eos>"]
-    assert words[:3] == ["w0", "w1", "w2"]
 
 
 def test_evaluation_times_one_column(candidates, monkeypatch, capsys, tiny_corpus):

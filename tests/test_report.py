@@ -11,7 +11,6 @@ import sys
 import time
 from argparse import Namespace
 
-import matplotlib.figure
 import matplotlib.image
 import pytest
 import torch
@@ -180,20 +179,6 @@ HISTORIES = {
         epoch_entry(1, math.inf, math.inf), points=[(0.5, math.inf, 20.0), (1.0, math.inf, 20.0)]
     ),
 }
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were saved, in order."""
-    kept = []
-    save = matplotlib.figure.Figure.savefig
-
-    def savefig(figure, *args, **arguments):
-        kept.append(figure)
-        return save(figure, *args, **arguments)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
-    return kept
 
 
 @pytest.mark.parametrize("name", HISTORIES)

@@ -1,0 +1,21 @@
+"""Pictures of several runs show what their records say."""
+
+from utils import pictures
+
+
+def test_equal_epochs_have_a_panel_of_their_own(figures, tmp_path):
+    """Curves of other rows are over minutes, theirs over epochs; where there are none there is one panel."""
+    epochs = [{"epoch": 1, "seconds": 90, "valid_ppl": 300.0}, {"epoch": 2, "seconds": 30, "valid_ppl": 170.0}]
+    record = {"history": {"epochs": epochs}}
+    rows = [(name, record) for name in ("lstm-epochs", "lstm-minutes", "rmc-minutes")]
+    pictures.curves_picture(rows, tmp_path / "both.png")
+    pictures.curves_picture(rows[1:], tmp_path / "one.png")
+    shown = [
+        [
+            (axes.get_xlabel(), [(line.get_label(), *line.get_xdata()) for line in axes.get_lines()])
+            for axes in each.axes
+        ]
+        for each in figures
+    ]
+    minutes = ("minutes of training", [("lstm-minutes: 170.0", 1.5, 2.0), ("rmc-minutes: 170.0", 1.5, 2.0)])
+    assert shown == [[minutes, ("epochs of training", [("lstm-epochs: 170.0", 1, 2)])], [minutes]]
