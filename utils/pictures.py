@@ -57,26 +57,31 @@ def figure4_picture(record, path):
 def curves_picture(rows, path):
     """Validation perplexity over the minutes of training: rows [(name, record)] of trained models, a line each.
 
-    Rows of equal epochs, whose names say so (EPOCHS), have a panel of their own, over epochs.
+    Rows of equal epochs, whose names end in EPOCHS, have a panel of their own, over epochs.
     """
     equal = [row for row in rows if row[0].endswith(EPOCHS)]
-    panels = {"minutes": [row for row in rows if row not in equal], "epochs": equal}
-    panels = {axis: own for axis, own in panels.items() if own}
+    others = [row for row in rows if row not in equal]
+    panels = [panel for panel in (("minutes", others), ("epochs", equal)) if panel[1]]
     figure = _figure(7 * len(panels) + 1, 5)
-    for axes, (axis, own) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
-        lowest = []
-        for number, (name, record) in enumerate(own):
-            epochs = record["history"]["epochs"]
-            minutes = itertools.accumulate(epoch["seconds"] / 60 for epoch in epochs)
-            done = {"minutes": list(minutes), "epochs": [epoch["epoch"] for epoch in epochs]}
-            valid = [epoch["valid_ppl"] for epoch in epochs]
-            line, marker = STYLES[number % len(STYLES)]
-            axes.plot(done[axis], valid, line, marker=marker, ms=4, label=f"{name}: {min(valid):.1f}")
-            lowest.append(min(valid))
-        axes.set(xlabel=f"{axis} of training", ylabel="perplexity of the validation split", yscale="log")
-        axes.set_ylim(0.9 * min(lowest), 4 * max(lowest))
-        _plain(axes)
+    for axes, (unit, own) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        _curves(axes, unit, own)
     figure.savefig(path, dpi=120)
+
+
+def _curves(axes, unit, rows):
+    """Validation perplexity over "minutes" or "epochs", a line for each of rows [(name, record)]."""
+    lowest = []
+    for number, (name, record) in enumerate(rows):
+        epochs = record["history"]["epochs"]
+        lengths = [epoch["seconds"] / 60 if unit == "minutes" else 1 for epoch in epochs]
+        valid = [epoch["valid_ppl"] for epoch in epochs]
+        line, marker = STYLES[number % len(STYLES)]
+        done = list(itertools.accumulate(lengths))
+        axes.plot(done, valid, line, marker=marker, ms=4, label=f"{name}: {min(valid):.1f}")
+        lowest.append(min(valid))
+    axes.set(xlabel=f"{unit} of training", ylabel="perplexity of the validation split", yscale="log")
+    axes.set_ylim(0.9 * min(lowest), 4 * max(lowest))
+    _plain(axes)
 
 
 def sparsity_picture(rows, path):
