@@ -94,7 +94,7 @@ def sentences(name, command, training, test):
 def equal(name, script, epochs, flags=""):
     """Two Rows of a family, at equal parameters: of equal epochs and of equal minutes, a cycle each.
 
-    epochs: as many as come nearest to 30 minutes of two cores, an EPYC's of the Zen 4 kind.
+    epochs: as many as take about 30 minutes of two cores, an EPYC's of the Zen 4 kind.
     """
     command = f"{script} {EQUAL} {flags}".strip()
     return tuple(
@@ -103,7 +103,7 @@ def equal(name, script, epochs, flags=""):
 
 
 EPOCHS = "-epochs"
-"""Ends the names of rows that are compared after as many epochs, while others are over minutes."""
+"""Ends the names of rows that are compared after as many epochs; others are compared over minutes."""
 SENTENCES = (
     "--data wikitext-2-sentences --sentences --vocab train --vocab-size 10002 --emsize 300 --nhid 640 --nlayers 2 "
     "--no-tied --batch-size 32"
@@ -135,7 +135,7 @@ QRNN_PAPER = (
 QRNN_FAST = (
     "--recipe fast --zoneout 0.1 --dropout 0.5 --lr 2e-3 --batch-size 20 --epochs 40 --partial-shuffle --amp bf16"
 )
-"""The paper's model, tied, in two and a half hours of two cores."""
+"""The paper's model, tied, by Adam in one cycle."""
 EXAMPLE = "train_rnn.py --recipe example"
 EXAMPLES = {
     "lstm-200": "--epochs 6",
