@@ -243,7 +243,7 @@ PLANS = {
         *equal("elman", "train_rnn.py", 8, "--model RNN_TANH --nlayers 2 --lr 1e-3"),
         *equal("gru", "train_rnn.py", 7, "--model GRU --nlayers 2"),
         *equal("lstm", "train_rnn.py", 8, "--nlayers 2"),
-        *equal("transformer", "train_rnn.py", 6, "--model Transformer --nhead 2 --nlayers 4 --lr 5e-4"),
+        *equal("transformer", "train_rnn.py", 6, "--model Transformer --nhead 2 --nlayers 4 --lr 5e-4 --dropout 0.2"),
         *equal("rmc", "train_rmc.py", 6, "--dropouti 0.4"),
         *equal("qrnn", "train_qrnn.py", 8, "--recipe fast"),
         *equal("awd-lstm", "train_awd.py", 7, AWD_EQUAL),
