@@ -77,6 +77,19 @@ def awd(name, first, second, adaptations, published):
     return [trained(*row, *figures) for row, figures in zip(rows, published, strict=True)]
 
 
+def adapted(name, cache=(), dynamic=()):
+    """Three Rows of a trained one's model: with the cache, by dynamic evaluation, by both.
+
+    Their settings are chosen on the valid split. cache, dynamic: published (valid, test).
+    """
+    command = f"evaluate.py --checkpoint {{runs}}/{name}{{seed}}/best.pt"
+    return (
+        trained(f"{name}-cache", f"{command} --pointer --tune", *cache),
+        trained(f"{name}-dynamic", f"{command} {LEARN}", *dynamic),
+        trained(f"{name}-both", f"{command} --pointer {LEARN}"),
+    )
+
+
 def examples(corpus, published):
     """Rows of word_language_model's commands on a corpus. published: (valid, test) by name."""
     return tuple(
@@ -154,7 +167,6 @@ AWD_QRNN = (
     "--data penn --model QRNN --batch-size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --emsize 400 "
     "--dropouth 0.3 --dropouti 0.4"
 )
-AWD_FAST = "evaluate.py --checkpoint {runs}/awd-fast{seed}/best.pt"
 LEARN = "--dynamic --tune --tune-tokens 10000 --max-batches 200"
 AWD_LSTM_WIKI = "--data wikitext-2 --dropouth 0.2 --seed 1882"
 AWD_QRNN_WIKI = (
@@ -247,13 +259,12 @@ PLANS = {
         *equal("rmc", "train_rmc.py", 6, "--dropouti 0.4"),
         *equal("qrnn", "train_qrnn.py", 8, "--recipe fast"),
         *equal("awd-lstm", "train_awd.py", 7, AWD_EQUAL),
+        *adapted("awd-lstm-minutes"),
         *equal("awd-qrnn", "train_awd.py", 8, f"{AWD_EQUAL} --model QRNN --nlayers 4"),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),
-        trained("awd-fast-cache", f"{AWD_FAST} --pointer --tune", 53.9, 52.8),
-        trained("awd-fast-dynamic", f"{AWD_FAST} {LEARN}", 51.6, 51.1),
-        trained("awd-fast-both", f"{AWD_FAST} --pointer {LEARN}"),
+        *adapted("awd-fast", (53.9, 52.8), (51.6, 51.1)),
     ),
     "awd": (  # salesforce/awd-lstm-lm; dynamic evaluation: Krause et al. 2018, of models of their own
         *awd(
