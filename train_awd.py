@@ -1,5 +1,7 @@
 """Train an AWD-LSTM, AWD-QRNN or AWD-GRU on a text corpus."""
 
+from argparse import BooleanOptionalAction
+
 from models.awd import MODELS
 from models.language_model import NORMS
 from utils import cli, experiment, parsing, program
@@ -15,6 +17,7 @@ PAPER = {
     "dropouti": 0.65,
     "dropoute": 0.1,
     "wdrop": 0.5,
+    "wdrop_units": False,
     "alpha": 2.0,
     "beta": 1.0,
     "tied": True,
@@ -60,6 +63,11 @@ def build_parser():
     group.add_argument("--dropouti", type=cli.probability, help="of embedded words, a mask for all steps")
     group.add_argument("--dropoute", type=cli.probability, help="of words of the embedding, wherever they stand")
     group.add_argument("--wdrop", type=cli.probability, help="of hidden-to-hidden weights; a QRNN's all weights")
+    group.add_argument(
+        "--wdrop-units",
+        action=BooleanOptionalAction,
+        help="--wdrop of an LSTM or GRU drops whole hidden units from the recurrence, with their products",
+    )
     group.add_argument("--alpha", type=cli.non_negative, help="activation regularization (AR); 0 for none")
     group.add_argument("--beta", type=cli.non_negative, help="temporal activation regularization (TAR); 0 for none")
     group.add_argument(
@@ -69,7 +77,7 @@ def build_parser():
     return parser
 
 
-CORE = ("model", "emsize", "nhid", "nlayers", "tied", "dropouth", "wdrop", "loop")
+CORE = ("model", "emsize", "nhid", "nlayers", "tied", "dropouth", "wdrop", "wdrop_units", "loop")
 OWN = ("dropoute", "alpha", "beta", "ar_norm")
 WIDTHS = ("nhid", "emsize")
 

@@ -57,6 +57,21 @@ def weight_drop(weight, p, training):
     return functional.dropout(weight, p)
 
 
+def unit_drop(weight, p, training):
+    """Weight drop of whole hidden units: the products with those that are dropped need not be made.
+
+    One choice for all steps and columns of a forward pass; Sarma et al. 2021 (arXiv 2106.12089) choose anew in each
+    step. weight (N, K) -> (N, K'), K' = (1 - p) K rounded, at least 1, times K / K', in the type of products, and which
+    units these are, (K',), increasing; without dropout the weight itself and None. The gradient reaches `weight`.
+    """
+    if not training or not p:
+        return weight, None
+    size = weight.shape[1]
+    count = max(1, round((1 - p) * size))
+    units = torch.randperm(size, device=weight.device)[:count].sort().values
+    return (weight.index_select(1, units) * (size / count)).to(product_dtype(weight)), units
+
+
 class _Drop(torch.autograd.Function):
     """values (..., K) with hashed zeros, in `dtype`; the mask is never kept, backward hashes anew."""
 

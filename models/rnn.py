@@ -120,18 +120,23 @@ def own_lstm(model, x, size):
     return torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
 
 
-def run_layer(model, x, weights, state, loop=False):
+def run_layer(model, x, weights, state, loop=False, units=None):
     """One layer of `model`, a name of KINDS, with weights that are arguments: in the loop, or the fastest way.
 
     x (T, B, E), weights as layer_weights gives them, state (1, B, H) each -> output (T, B, H), state after the last.
+    units (K,): those that the columns of W_hh, only so many, are of; None for all.
     """
     w_ih, w_hh, b_ih, b_hh = weights
+    size = state[0].shape[2]
+    if not (loop or one_step(x)) and own_lstm(model, x, size):
+        x_gates = functional.linear(x, w_ih, b_ih + b_hh)
+        output, *final = lstm(x_gates, w_hh, *(part[0] for part in state), product_dtype(w_hh), units)
+        return output, [part[None] for part in final]
+    if units is not None:
+        w_hh = w_hh.new_zeros(len(w_hh), size).index_copy(1, units, w_hh)
+    weights = w_ih, w_hh, b_ih, b_hh
     if loop or one_step(x):
         return _walk(KINDS[model][2], x, weights, state)
-    if own_lstm(model, x, w_hh.shape[1]):
-        x_gates = functional.linear(x, w_ih, b_ih + b_hh)
-        output, *final = lstm(x_gates, w_hh, *(part[0] for part in state), product_dtype(w_hh))
-        return output, [part[None] for part in final]
     states = state if model == "LSTM" else state[0]
     output, *final = LIBRARY[model](x, states, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
     return output, final

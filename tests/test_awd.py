@@ -1,13 +1,15 @@
 """The AWD core and its language model: weight drop through every road, regularizers, sizes, against equations."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from models import AWD, build
+from models import AWD, build, rnn
 from models.awd import MODELS, RecurrentLayer
+from models.dropout import unit_drop
 from models.language_model import LanguageModel
 from models.softmax import IGNORE
 
@@ -27,7 +29,7 @@ def language_model(model="LSTM", **changes):
     """A language model of the family, tokens and targets."""
     torch.manual_seed(2)
     core = {"model": model, "emsize": EMSIZE, "nhid": NHID, "nlayers": LAYERS, "tied": changes.get("tied", True)}
-    core |= {name: changes.pop(name) for name in ("dropouth", "wdrop", "loop") if name in changes}
+    core |= {name: changes.pop(name) for name in ("dropouth", "wdrop", "wdrop_units", "loop") if name in changes}
     config = {"family": "awd", "core": core, "vocab_size": WORDS, "tied": True, "locked": True, **changes}
     return build(config), *torch.randint(WORDS, (2, STEPS, BATCH))
 
@@ -110,6 +112,46 @@ def test_one_mask_for_all_steps(model):
         for layer in fixed.layers:
             layer.dropped.copy_(nn.functional.dropout(layer.dropped, 0.4))
     torch.testing.assert_close(fixed(x, fixed.initial_state(BATCH))[0], output)
+
+
+@pytest.mark.parametrize(("model", "road"), [("LSTM", "compiled"), *itertools.product(("LSTM", "GRU"), (False, True))])
+def test_dropped_units_do_not_come_into_the_recurrence(model, road, monkeypatch):
+    """One choice of units for all steps and columns, on each road the same as their columns of W_hh written as zeros.
+
+    The weights get their gradient through it. road: our own kernel in float32, the library's, the loop.
+    """
+    monkeypatch.setattr(rnn, "own_lstm", lambda *_: road == "compiled")
+    core, x = make(model, wdrop=0.4, wdrop_units=True, loop=road is True)
+    core, x = core.float(), x.float()
+    random = torch.get_rng_state()
+    output, _ = core(x, core.initial_state(BATCH))
+    output.square().sum().backward()
+    torch.set_rng_state(random)
+    fixed = copy.deepcopy(core).eval()
+    fixed.zero_grad()
+    gone = []
+    with torch.no_grad():
+        for layer in fixed.layers:
+            few, units = unit_drop(layer.dropped, 0.4, True)
+            layer.dropped.zero_().index_copy_(1, units, few)
+            gone.append(torch.ones(layer.hidden_size, dtype=torch.bool).index_fill(0, units, False))
+    again, _ = fixed(x, fixed.initial_state(BATCH))
+    torch.testing.assert_close(again, output, rtol=1e-5, atol=1e-6)
+    again.square().sum().backward()
+    for number, (layer, other, none) in enumerate(zip(core.layers, fixed.layers, gone, strict=True)):
+        part = len(none) / (~none).sum()
+        want = other.dropped.grad.masked_fill(none, 0) * part
+        assert (layer.dropped.grad - want).norm() < 1e-3 * want.norm(), number
+        assert not layer.dropped.grad[:, none].any() and none.any(), number
+
+
+def test_a_qrnns_weights_are_dropped_one_by_one_either_way():
+    """It has no hidden-to-hidden weights."""
+    outputs = []
+    for units in (False, True):
+        core, x = make("QRNN", wdrop=0.4, wdrop_units=units)
+        outputs.append(core(x, core.initial_state(BATCH))[0])
+    assert torch.equal(*outputs)
 
 
 @kinds

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models import compiled
-from models.dropout import dropout, embedding_dropout, locked_dropout, weight_drop
+from models.dropout import dropout, embedding_dropout, locked_dropout, unit_drop, weight_drop
 
 STEPS, BATCH, WORDS, EMSIZE = 7, 5, 31, 11
 
@@ -84,6 +84,26 @@ def test_weight_drop_is_dropconnect_and_its_gradient_reaches_the_weight(p, dtype
     assert rows.std() < 2 * (p * (1 - p) / 103) ** 0.5 and columns.std() < 2 * (p * (1 - p) / 211) ** 0.5
 
 
+@pytest.mark.parametrize(("p", "kept"), ((0.1, 93), (0.5, 52), (0.999, 1)))
+def test_unit_drop_keeps_some_columns_and_their_gradient(p, kept):
+    """As many of 103 as p leaves, at least one, in order, scaled so that the mean stays; others for each pass."""
+    torch.manual_seed(9)
+    weight = torch.randn(31, 103, dtype=torch.float64, requires_grad=True)
+    passes = [unit_drop(weight, p, True) for _ in range(300)]
+    for few, units in passes[:3]:
+        assert few.shape == (31, kept) and units.unique().tolist() == units.tolist()
+        torch.testing.assert_close(few, weight[:, units] * 103 / kept)
+    often = torch.stack([units for _, units in passes]).flatten().bincount(minlength=103).double() / 300
+    part = kept / 103
+    assert (often - part).abs().max() < 5 * (part * (1 - part) / 300) ** 0.5
+    few, units = passes[0]
+    slope = torch.randn_like(few)
+    few.backward(slope)
+    torch.testing.assert_close(weight.grad, torch.zeros_like(weight).index_copy(1, units, slope * 103 / kept))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert unit_drop(weight.float(), p, True)[0].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("order", ((0, 1, 2), (1, 0, 2)))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("p", (0.1, 0.65))
@@ -125,7 +145,7 @@ def test_a_seed_fixes_the_masks():
         torch.manual_seed(7)
         x, weight = torch.ones(3, 5, 7), torch.ones(13, 11)
         words = embedding_dropout(torch.ones(1, 19, 2), torch.arange(19)[None], 19, 0.5, True)
-        weights = (weight_drop(weight, 0.5, True) for _ in range(2))
+        weights = (*(weight_drop(weight, 0.5, True) for _ in range(2)), *unit_drop(weight, 0.5, True))
         return dropout(x, 0.5, True), locked_dropout(x, 0.5, True), *weights, words
 
     assert all(torch.equal(a, b) for a, b in zip(draw(), draw(), strict=True))
@@ -139,5 +159,6 @@ def test_nothing_is_dropped_in_evaluation_or_with_probability_zero():
         assert dropout(x, p, training) is x
         assert torch.equal(locked_dropout(x, p, training), x)
         assert torch.equal(weight_drop(x, p, training), x)
+        assert unit_drop(x, p, training) == (x, None)
         assert embedding_dropout(x, tokens, WORDS, p, training) is x
     assert torch.equal(torch.get_rng_state(), state)

@@ -59,6 +59,33 @@ def test_equals_torch_in_float64(steps, batch, dtype, tolerance):
     assert not {name: error for name, error in errors.items() if not error < bounds[name]}
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)))
+@pytest.mark.parametrize("units", ((1, 2, 5), (4,), (0, 1, 2, 3, 4, 5, 6)), ids=len)
+@pytest.mark.parametrize("batch", (1, 37))
+def test_units_that_are_left_out_are_weights_of_zero(batch, units, dtype, tolerance):
+    """As torch in float64 with zeros in the other columns of W_hh; these get no gradient."""
+    module, leaves = make(batch=batch)
+    units = torch.tensor(units)
+    there = torch.zeros(NHID, dtype=torch.float64).index_fill(0, units, 1)
+
+    def few(module, x, h, c):
+        gates = functional.linear(x, module.weight_ih_l0, module.bias_ih_l0 + module.bias_hh_l0)
+        return lstm(gates, module.weight_hh_l0.index_select(1, units), h, c, dtype, units)
+
+    def masked(module, x, h, c):
+        weights = {"weight_hh_l0": module.weight_hh_l0 * there}
+        output, (h, c) = torch.func.functional_call(module, weights, (x, (h[None], c[None])))
+        return output, h[0], c[0]
+
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = outcome(masked, copy.deepcopy(module).double(), exact_leaves)
+    results = outcome(few, module, leaves)
+    errors = {name: ((results[name] - want).norm() / want.norm()).item() for name, want in exact.items()}
+    bounds = {name: tolerance if name in ("output", "last h", "last c") else max(tolerance, 1e-4) for name in errors}
+    assert not {name: error for name, error in errors.items() if not error < bounds[name]}
+    assert not results["weight_hh_l0"][:, there == 0].any()
+
+
 def test_inputs_in_the_type_of_the_products():
     """Gates of x in bfloat16 are taken as they are, and get their gradient in bfloat16."""
     module, (x, h, c) = make()

@@ -88,24 +88,28 @@ CHANGES = {
 def test_every_model_flag_changes_the_model():
     """Each of them alone changes the built model."""
     group = next(g for g in train_awd.build_parser()._action_groups if g.title == "model")
-    assert {action.dest for action in group._group_actions} == {*CHANGES, "loop"}
+    assert {action.dest for action in group._group_actions} == {*CHANGES, "loop", "wdrop_units"}
 
     def built(*flags):
         model = build(train_awd.model_config(parse(*TINY, *flags), 31))
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         own = (model.dropouti, model.dropout, model.dropoute, model.alpha, model.beta, model.ar_norm, model.locked)
-        return shapes, own, (model.core.dropouth, model.core.wdrop, model.core.loop)
+        return shapes, own, (model.core.dropouth, model.core.wdrop, model.core.loop, model.core.wdrop_units)
 
     plain = built()
     for name, value in CHANGES.items():
         assert built(f"--{name}={value}") != plain, name
-    assert built("--loop") != plain and built("--no-tied") != plain and built("--cutoffs", "3", "7") != plain
+    assert (
+        built("--loop") != plain != built("--wdrop-units")
+        and built("--no-tied") != plain
+        and built("--cutoffs", "3", "7") != plain
+    )
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--model=LSTM", "--cutoffs", "5", "17"],
+        ["--model=LSTM", "--cutoffs", "5", "17", "--wdrop-units"],
         ["--model=QRNN", "--amp=bf16", "--no-tied", "--ar-norm=l2"],
         ["--model=GRU", "--loop", "--adaptivesoftmax", "--no-variable-bptt"],
     ],
