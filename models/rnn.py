@@ -127,15 +127,15 @@ def run_layer(model, x, weights, state, loop=False, units=None):
     units (K,): those that the columns of W_hh, only so many, are of; None for all.
     """
     w_ih, w_hh, b_ih, b_hh = weights
-    size = state[0].shape[2]
-    if not (loop or one_step(x)) and own_lstm(model, x, size):
+    size, walked = state[0].shape[2], loop or one_step(x)
+    if not walked and own_lstm(model, x, size):
         x_gates = functional.linear(x, w_ih, b_ih + b_hh)
         output, *final = lstm(x_gates, w_hh, *(part[0] for part in state), product_dtype(w_hh), units)
         return output, [part[None] for part in final]
     if units is not None:
         w_hh = w_hh.new_zeros(len(w_hh), size).index_copy(1, units, w_hh)
     weights = w_ih, w_hh, b_ih, b_hh
-    if loop or one_step(x):
+    if walked:
         return _walk(KINDS[model][2], x, weights, state)
     states = state if model == "LSTM" else state[0]
     output, *final = LIBRARY[model](x, states, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)

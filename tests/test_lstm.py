@@ -42,21 +42,23 @@ def outcome(compute, module, leaves):
     return dict(zip(["output", "last h", "last c", *named], (*parts, *gradients), strict=True))
 
 
+def assert_near(results, exact, tolerance):
+    """By relative error, named; gradients are made of gates kept in 16 bits."""
+    errors = {name: ((results[name] - want).norm() / want.norm()).item() for name, want in exact.items()}
+    bounds = {name: tolerance if name in ("output", "last h", "last c") else max(tolerance, 1e-4) for name in errors}
+    assert not {name: error for name, error in errors.items() if not error < bounds[name]}
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)))
 @pytest.mark.parametrize(("steps", "batch"), ((11, 3), (1, 3), (11, 1), (1, 1), (2, 37)))
 def test_equals_torch_in_float64(steps, batch, dtype, tolerance):
-    """Relative errors; in bfloat16 only the products are rounded. More columns than the threads' parts, too.
-
-    Gradients are made of gates kept in 16 bits.
-    """
+    """Relative errors; in bfloat16 only the products are rounded. More columns than the threads' parts, too."""
     module, leaves = make(steps, batch)
     exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = outcome(theirs, copy.deepcopy(module).double(), exact_leaves)
     results = outcome(lambda *arguments: ours(*arguments, dtype), module, leaves)
     assert {part.dtype for part in results.values()} == {torch.float32}
-    errors = {name: ((results[name] - want).norm() / want.norm()).item() for name, want in exact.items()}
-    bounds = {name: tolerance if name in ("output", "last h", "last c") else max(tolerance, 1e-4) for name in errors}
-    assert not {name: error for name, error in errors.items() if not error < bounds[name]}
+    assert_near(results, exact, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)))
@@ -80,9 +82,7 @@ def test_units_that_are_left_out_are_weights_of_zero(batch, units, dtype, tolera
     exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = outcome(masked, copy.deepcopy(module).double(), exact_leaves)
     results = outcome(few, module, leaves)
-    errors = {name: ((results[name] - want).norm() / want.norm()).item() for name, want in exact.items()}
-    bounds = {name: tolerance if name in ("output", "last h", "last c") else max(tolerance, 1e-4) for name in errors}
-    assert not {name: error for name, error in errors.items() if not error < bounds[name]}
+    assert_near(results, exact, tolerance)
     assert not results["weight_hh_l0"][:, there == 0].any()
 
 
