@@ -13,7 +13,7 @@ import pytest
 from conftest import cells
 
 import benchmark
-from utils import parsing, plans, report
+from utils import parsing, plans, report, rows
 from utils import planned as planning
 
 
@@ -95,13 +95,13 @@ def planned(monkeypatch, tiny_corpus, place, tmp_path):
         return subprocess.CompletedProcess(argv, 0)
 
     train = f"train_rnn.py --data {tiny_corpus} --emsize 11 --nhid 11 --batch-size 7 --bptt 13 --epochs 1 --threads 1"
-    rows = (
-        plans.trained("dense", train, 20.25, 21.5),
-        plans.trained("longer", f"{train} --start-from dense{{seed}}"),
-        plans.at_once(50),
+    small = (
+        rows.trained("dense", train, 20.25, 21.5),
+        rows.trained("longer", f"{train} --start-from dense{{seed}}"),
+        rows.at_once(50),
     )
     for module in (plans, planning):
-        monkeypatch.setattr(module, "PLANS", {"small": rows})
+        monkeypatch.setattr(module, "PLANS", {"small": small})
     monkeypatch.setattr(planning, "subprocess", Namespace(run=call))
 
     def run(*flags):

@@ -5,7 +5,7 @@ import statistics
 
 import numpy as np
 
-from .plans import EPOCHS
+from .rows import EPOCHS
 from .run_tables import TRAINED
 from .tables import FLOORS, PUBLISHED, PUBLISHED_PARTS, figure4_medians
 
