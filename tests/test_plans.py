@@ -144,6 +144,15 @@ def test_a_planned_table_trains_what_it_needs(planned, place, tmp_path):
     (dense, *_) = planned_rows(place)
     assert dense["test ppl"] == f"{sum(scores) / 2:.2f} ({min(scores):.2f} to {max(scores):.2f})"
     assert dense["seeds"] == "1111 1112"
+    assert planned("--differences") == []
+    text = (place / "small.md").read_text(encoding="utf-8")
+    assert "| row |" not in text and "![small](small.png)" in text
+    rows = cells(text[text.index("| what differs |") :].split("\n\n")[0])
+    assert sorted((row["what differs"], row["seeds"]) for row in rows) == [
+        ("`--start-from dense-seed-2`", "1112"),
+        ("`--start-from dense` `--max-minutes 3`", "1111"),
+        ("nothing", "1111 1112"),
+    ]
 
 
 def test_a_planned_training_that_was_cut_goes_on(planned, place, tmp_path, monkeypatch):

@@ -30,7 +30,8 @@ DONE = ("finished", "max-minutes")
 def make(args):
     """Run what rows of the table args.name are missing, each kept as it ends; the page is rendered after each.
 
-    args: name, only (rows), seeds (how many each), budget (minutes of each training, or None), cuda, runs_dir, results.
+    args: name, only (rows), seeds (how many each), budget (minutes of each training, or None), cuda, runs_dir, results,
+    differences (for render).
     Raises UserError for rows that there are not, and when a script fails.
     """
     if args.name in MEASURED:
@@ -45,8 +46,9 @@ def make(args):
             seed = f"{SEED}{number + 1}" if number else ""
             if not (args.results / args.name / f"{row.name}{seed}.json").exists():
                 runs.mkdir(parents=True, exist_ok=True)
-                render(args.name, args.results, {f"{row.name}{seed}": _run(row, runs, number, seed, args)})
-    render(args.name, args.results)
+                added = {f"{row.name}{seed}": _run(row, runs, number, seed, args)}
+                render(args.name, args.results, added, args.differences)
+    render(args.name, args.results, differences=args.differences)
 
 
 def measure(args):
@@ -128,24 +130,30 @@ def render(name, results, added=None, differences=False):
     """Keep the records {name: record} added in results/NAME/, put all that are there on results/NAME.md as a table.
 
     Planned rows come first and in their order, with what was published and a picture; other records follow. Nothing is
-    written when a record can't be rendered. differences: for records_text. Raises UserError when there is none.
+    written when a record can't be rendered. differences: planned or not, all are rows of one table, as records_text
+    has it. Raises UserError when there is none.
     """
     folder, page = results / name, results / f"{name}.md"
     found = {path.stem: report.read_record(path) for path in sorted(folder.glob("*.json"))} | (added or {})
     records = {stem: record for stem, record in found.items() if record["kind"] in KINDS}
     if not records:
         raise UserError(f"{folder} holds no run records: name run folders, python benchmark.py table {name} RUN")
-    rows, parts = [], []
+    rows, others = [], dict(records)
     for row in PLANS.get(name, ()):
         own = _own(row, records)
         if own:
-            rows.append((row.name, (row.valid, row.test), [records.pop(stem) for stem in own]))
+            rows.append((row.name, (row.valid, row.test), [others.pop(stem) for stem in own]))
+    parts = []
+    if differences:
+        parts, others = [records_text(records, differences=True)], {}
+    elif rows:
+        parts = [plan_text(rows)]
     if rows:
-        parts = [plan_text(rows), f"![{name}]({name}.png)\n"]
+        parts += [f"![{name}]({name}.png)\n"]
         missing = [row.name for row in PLANS[name] if row.name not in [done for done, _, _ in rows]]
         parts += [f"Not run: {', '.join(missing)}.\n"] if missing else []
-    if records:
-        parts.append(records_text(records, differences))
+    if others:
+        parts += [records_text(others)]
     folder.mkdir(parents=True, exist_ok=True)
     (report.replace_between if page.exists() else report.put_on_page)(page, name, "\n".join(parts))
     for stem, record in (added or {}).items():
@@ -154,7 +162,7 @@ def render(name, results, added=None, differences=False):
         draw(name, rows, results / f"{name}.png")
     if results.resolve() == RESULTS:
         report.replace_between(ROOT / "README.md", SUMMARY, summary_text(results))
-    report.say(f"| {sum(len(own) for _, _, own in rows) + len(records)} rows in {page}")
+    report.say(f"| {len(records)} rows in {page}")
 
 
 def _own(row, names):

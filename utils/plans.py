@@ -7,6 +7,7 @@ from .rows import (
     awd,
     equal,
     examples,
+    fifth,
     medium,
     part,
     pruned,
@@ -51,6 +52,9 @@ AWD_QRNN_WIKI = (
 )
 CACHE = "--pointer --lambdasm 0.1 --theta 1.0 --window 500 --pointer-start window"
 CACHE_WIKI = "--pointer --lambdasm 0.1279 --theta 0.662 --window 3785 --pointer-start window"
+DROPOUTS = ".4 .25 .4 .1 .5"
+"""dropouti, dropouth, dropout, dropoute and wdrop of the authors' Penn Treebank model."""
+UNITS = "--partial-shuffle --wdrop-units"
 DYNAMIC = "--dynamic --lr 5e-5 --lamb 0.002 --bptt 5"
 DYNAMIC_QRNN = "--dynamic --lr 1.2e-4 --lamb 0.02 --bptt 20"
 DYNAMIC_QRNN_WIKI = "--dynamic --lr 1.2e-4 --lamb 0.008 --bptt 20"
@@ -137,6 +141,21 @@ PLANS = {
         *equal("awd-lstm", "train_awd.py", 7, AWD_EQUAL),
         *adapted("awd-lstm-minutes"),
         *equal("awd-qrnn", "train_awd.py", 8, f"{AWD_EQUAL} --model QRNN --nlayers 4"),
+    ),
+    "awd-search": (
+        fifth("published", DROPOUTS),
+        fifth("more", ".52 .325 .52 .13 .6"),
+        fifth("three-quarters", ".3 .19 .3 .075 .375", ""),
+        fifth("half", ".2 .125 .2 .05 .25", ""),
+        fifth("units", DROPOUTS, UNITS),
+        fifth("units-in-order", DROPOUTS, "--wdrop-units"),
+        fifth("units-equal-windows", DROPOUTS, f"{UNITS} --no-variable-bptt"),
+        fifth("units-low-rate", DROPOUTS, UNITS, lr="2e-3"),
+        fifth("units-high-rate", DROPOUTS, UNITS, lr="8e-3"),
+        fifth("units-40-columns", DROPOUTS, UNITS, batch=40),
+        fifth("units-80-columns", DROPOUTS, UNITS, batch=80),
+        fifth("units-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5"),
+        fifth("units-narrow", DROPOUTS, UNITS, epochs=63, nhid=360),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),

@@ -125,9 +125,9 @@ def differences_text(records):
 
 
 def _setting(command):
-    """A command's script and flags, each with its values, without those that name a run."""
-    flags = re.split(r" (?=--)", command)
-    return [flag for flag in flags if not flag.startswith(("--seed", "--name", "--save", "--runs-dir"))]
+    """A command's script and flags, each with its values, without those that name a run or keep it."""
+    own = ("--seed", "--name", "--save", "--runs-dir", "--checkpoint-every")
+    return [flag for flag in re.split(r" (?=--)", command) if not flag.startswith(own)]
 
 
 def plan_text(rows):
