@@ -160,6 +160,8 @@ PLANS = {
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),
         *adapted("awd-fast", (53.9, 52.8), (51.6, 51.1)),
+        trained("awd-fast-units", "train_awd.py --recipe fast --wdrop-units --epochs 36", 60.7, 58.8),
+        *adapted("awd-fast-units", (53.9, 52.8), (51.6, 51.1)),
     ),
     "awd": (  # salesforce/awd-lstm-lm; dynamic evaluation: Krause et al. 2018, of models of their own
         *awd(
