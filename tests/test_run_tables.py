@@ -122,6 +122,7 @@ def test_seeds_side_by_side(run, place):
     def trained(flags, seed, test):
         def change(record):
             record["command"] = f"python train_awd.py --nhid 5 {flags}--seed {seed} --epochs 3 --name a-{seed}"
+            record["command"] += " --checkpoint-every 500" * (seed == 2)
             record["config"]["seed"] = seed
             record["results"]["test"].update(perplexity=test, epoch=2 * seed)
 
