@@ -1,5 +1,7 @@
 """Elman, GRU and LSTM: the library's kernels, or the same weights in a Python loop over readable cells."""
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -60,6 +62,15 @@ LIBRARY = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RN
 """The library's kernels, which take weights as arguments."""
 
 
+def full_range(x):
+    """Inside the `with` a GPU's kernels for whole recurrences compute in the weights' own type, under autocast, too.
+
+    cuDNN has none in bfloat16, so autocast would take float16, whose smallest gradients are 0. runtime.setup lets
+    products of float32 be TF32 instead, bfloat16's range with three bits more.
+    """
+    return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
+
+
 class RNN(nn.Module):
     """A stack of recurrent layers: core(x, state) -> output, state.
 
@@ -90,10 +101,12 @@ class RNN(nn.Module):
         learning = torch.is_grad_enabled() and not self.training
         if self.loop or learning or own_lstm(self.model, x, self.output_size) or one_step(x):
             output, new_state = self._stack(x, state)
-        elif self.model == "LSTM":
-            output, new_state = self.rnn(x, state)
         else:
-            output, *new_state = self.rnn(x, *state)
+            with full_range(x):
+                if self.model == "LSTM":
+                    output, new_state = self.rnn(x, state)
+                else:
+                    output, *new_state = self.rnn(x, *state)
         return output, tuple(new.to(old.dtype) for new, old in zip(new_state, state, strict=True))
 
     def _stack(self, x, state):
@@ -138,7 +151,10 @@ def run_layer(model, x, weights, state, loop=False, units=None):
     if walked:
         return _walk(KINDS[model][2], x, weights, state)
     states = state if model == "LSTM" else state[0]
-    output, *final = LIBRARY[model](x, states, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+    with full_range(x):
+        if x.is_cuda:
+            x, *weights = (part.to(w_ih.dtype) for part in (x, *weights))
+        output, *final = LIBRARY[model](x, states, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
     return output, final
 
 

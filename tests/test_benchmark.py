@@ -167,8 +167,9 @@ def test_without_a_compiler_the_other_settings_are_timed(candidates, capsys, mon
         benchmark.main(command)
 
 
-def test_what_differs_from_its_reference_is_not_timed(candidates, capsys, monkeypatch):
-    """It is left out with a line; the others stay; every process is let go."""
+@pytest.mark.parametrize("gpu", (False, True))
+def test_what_differs_from_its_reference_is_not_timed(candidates, capsys, monkeypatch, gpu):
+    """It is left out with a line; the others stay; every process is let go. A GPU's memory needs none of its own."""
     made = []
 
     def worker(script, flags, peer, checkout, args):
@@ -176,10 +177,11 @@ def test_what_differs_from_its_reference_is_not_timed(candidates, capsys, monkey
         return made[-1]
 
     monkeypatch.setattr(measurements, "Worker", worker)
-    args = benchmark.build_parser().parse_args(["speed"])
+    args = benchmark.build_parser().parse_args(["speed", *["--cuda"] * gpu])
     memory, workers = measurements.start_workers(args)
     assert list(memory) == list(workers) == ["LSTM, port", "LSTM loop, port"]
-    assert [worker.ended for worker in made] == [False, True, False, True, True]
+    assert sorted(worker.ended for worker in made) == [False, False, True] + [True, True] * (not gpu)
+    assert not any(worker.ended for worker in workers.values()) and memory == dict.fromkeys(workers, 3.0)
     assert "GRU, port: its loss is 1.0e-04 off its reference, more than 1e-05: not timed" in capsys.readouterr().out
 
 

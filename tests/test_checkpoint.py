@@ -335,6 +335,31 @@ def test_places_where_nothing_can_be_written(path, tmp_path):
     assert path.read_text() == "a file"
 
 
+@pytest.mark.parametrize("links", (True, False))
+def test_a_copy(path, tmp_path, monkeypatch, links):
+    """It is whole, is not changed by a later checkpoint at the old place, and leaves nothing else behind; with links
+    it takes no space; what fails ends like a checkpoint that can't be written."""
+    if not links:
+        monkeypatch.setattr("os.link", lambda *given: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    copied = tmp_path / "copy.pt"
+    copied.write_text("an old one")
+    checkpoint.save(path, content())
+    checkpoint.copy(path, copied)
+    assert copied.samefile(path) == links
+    checkpoint.copy(path, path)
+    before = path.read_bytes()
+    checkpoint.save(path, content(best=None))
+    assert copied.read_bytes() == before != path.read_bytes()
+    checkpoint.copy(path, copied)
+    assert checkpoint.load(copied)["best"] is None
+    with pytest.raises(UserError, match=r"^cannot save [^\n]*missing[^\n]*No such file[^\n]*$"):
+        checkpoint.copy(path, tmp_path / "missing" / "copy.pt")
+    (tmp_path / "folder" / "occupied").mkdir(parents=True)
+    with pytest.raises(UserError, match="folder"):
+        checkpoint.copy(path, tmp_path / "folder")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted({"copy.pt", "folder", path.name})
+
+
 @pytest.mark.parametrize("step", ("tempfile.mkstemp", "os.fsync", "os.replace"))
 def test_any_failing_step_keeps_the_checkpoint_that_was_there(path, monkeypatch, step):
     """No permission in the folder, a disk that can't sync, a rename that fails: the reason is in the message."""

@@ -1,6 +1,7 @@
 """What only a GPU can show: kernels as they run there, streams, devices, cuDNN, DataParallel. `pytest -m gpu`."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -22,6 +23,12 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 def relative(got, want):
     """Largest difference over the largest number."""
     return ((got.cpu().double() - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    """Products of float32 are what they say; torch's own choice for cuDNN is TF32."""
+    runtime.use_tf32(False, False)
 
 
 @pytest.fixture
@@ -108,26 +115,68 @@ def test_weight_drop(model):
     torch.testing.assert_close(on_cpu(x.cpu(), on_cpu.initial_state(3))[0], after.cpu(), rtol=1e-4, atol=1e-5)
 
 
-def test_cuda_graphs():
+@pytest.mark.parametrize("family", ("rnn", "awd"))
+@pytest.mark.parametrize("model", ("LSTM", "GRU"))
+def test_small_gradients_under_autocast(family, model):
+    """Gradients a billionth as large are a billionth as large: in cuDNN's float16 they would be 0."""
+    torch.manual_seed(0)
+    core = {"model": model, "emsize": 11, "nhid": 11, "nlayers": 2}
+    core = build({"family": family, "core": core, "vocab_size": 23, "tied": True}).cuda().core
+    x, found = torch.randn(5, 3, 11, device="cuda"), []
+    for scale in (1.0, 1e-9):
+        with runtime.autocast(x.device, "bf16"):
+            output, _ = core(x, core.initial_state(3))
+        found.append(torch.autograd.grad((output * scale).sum(), list(core.parameters())))
+    for whole, part in zip(*found, strict=True):
+        assert relative(part * 1e9, whole.cpu().double()) < 1e-2
+
+
+GRAPHED = {
+    "rmc": {"emsize": 11, "headsize": 3, "numheads": 2},
+    "awd": {"model": "LSTM", "emsize": 11, "nhid": 17, "nlayers": 3, "tied": True},
+    "qrnn": {"emsize": 11, "nhid": 11, "nlayers": 2},
+}
+
+
+@pytest.mark.parametrize("amp", ("off", "bf16"))
+@pytest.mark.parametrize("family", GRAPHED)
+def test_cuda_graphs(family, amp):
     """Replayed passes give the losses, states and weights of passes as they come, over several updates."""
     found = []
     for graphed in (False, True):
         torch.manual_seed(0)
-        core = {"emsize": 11, "headsize": 3, "numheads": 2}
-        model = build({"family": "rmc", "core": core, "vocab_size": 23, "tied": True}).cuda()
+        model = build({"family": family, "core": GRAPHED[family], "vocab_size": 23, "tied": True}).cuda()
         if graphed:
             runtime.graph(model.core)
         optimizer, state, losses = torch.optim.SGD(model.parameters(), 0.5), model.initial_state(4), []
         for _ in range(6):
             tokens, targets = torch.randint(23, (2, 9, 4)).cuda()
             optimizer.zero_grad()
-            loss, _, count, state = model(tokens, targets, tuple(part.detach() for part in state))
+            with runtime.autocast(tokens.device, amp):
+                loss, _, count, state = model(tokens, targets, tuple(part.detach() for part in state))
             (loss / count).sum().backward()
             optimizer.step()
             losses.append(loss.detach().clone())
-        found.append([*losses, *(part.clone() for part in state), *model.parameters()])
+        found.append([*losses, *(part.detach().clone() for part in state), *map(torch.clone, model.parameters())])
     for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two)
+        assert relative(two, one.cpu().double()) < (2e-5 if amp == "off" else 1e-2)
+
+
+def test_a_graph_draws_anew():
+    """Masks of weight drop and locked dropout differ from replay to replay, forward and backward alike."""
+    core = AWD("LSTM", 11, 17, 2, True, dropouth=0.5, wdrop=0.5).cuda()
+    runtime.graph(core)
+    x, state = torch.randn(5, 3, 11, device="cuda", requires_grad=True), core.initial_state(3)
+    found = []
+    for _ in range(4):
+        core.zero_grad()
+        output, _ = core(x, state)
+        output.square().sum().backward()
+        zeros = core.layers[0].dropped.grad == 0
+        assert 0.3 < zeros.float().mean() < 0.7
+        found.append((output.detach().clone(), zeros))
+    for (one, zeros), (two, others) in itertools.combinations(found, 2):
+        assert not torch.equal(one, two) and not torch.equal(zeros, others)
 
 
 @SECOND

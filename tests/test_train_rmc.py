@@ -88,7 +88,7 @@ def test_cutoffs_are_derived_and_said(tiny_corpus, capsys):
         (["--gatestyle", "most"], ["--gatestyle", "unit"]),
         (["--memslots", "0"], ["--memslots"]),
         (["--cuda-graphs"], ["--cuda-graphs", "give --cuda"]),
-        (["--cuda-graphs", "--cuda", "--amp", "bf16"], ["no --amp"]),
+        (["--cuda-graphs", "--cuda", "--variable-bptt"], ["--no-variable-bptt"]),
         (["--compile", "--variable-bptt"], ["--compile", "give --no-variable-bptt"]),
     ],
     ids=str,

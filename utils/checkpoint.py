@@ -5,11 +5,14 @@ corpus {name, data, checksums, options}; pruning {schedule, masks}; and what tra
 schedule, rng (of the first process; rng_others, of torchrun's others), position, history, best, commands.
 """
 
+import os
 import pickle
+import shutil
 import signal
+import tempfile
 import threading
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -45,9 +48,29 @@ def save(path, checkpoint):
 
     Raises UserError when it can't be written (full disk, no folder, no permission).
     """
+    with _written(path), undisturbed(), atomic_write(path) as file:
+        torch.save({"format": FORMAT, **checkpoint}, file)
+
+
+def copy(source, path):
+    """Let `path` hold what `source` does, whole, as save; where the file system allows it without writing it again."""
+    with _written(path), undisturbed():
+        with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=f".{Path(path).name}.") as folder:
+            link = Path(folder) / "link"
+            with suppress(OSError):
+                os.link(source, link)
+            if link.exists():
+                os.replace(link, path)
+                return
+        with open(source, "rb") as old, atomic_write(path) as file:
+            shutil.copyfileobj(old, file)
+
+
+@contextmanager
+def _written(path):
+    """Inside the `with` a checkpoint is written to `path`; raises UserError when it can't be."""
     try:
-        with undisturbed(), atomic_write(path) as file:
-            torch.save({"format": FORMAT, **checkpoint}, file)
+        yield
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, KeyboardInterrupt):  # torch's writer covers it with an error of its own

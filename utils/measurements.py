@@ -5,6 +5,7 @@ import shutil
 import statistics
 import tempfile
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -112,15 +113,19 @@ def start_workers(args):
 
     A candidate whose loss is not that of its reference is left out, with a line.
     """
-    workers, memory = {}, {}
-    for name, candidate in chosen(args).items():
-        worker = Worker(*candidate)
+    candidates, workers, memory = chosen(args), {}, {}
+    with ThreadPoolExecutor(len(candidates) if args.cuda else 1) as pool:  # a processor's memory is short
+        started = list(pool.map(lambda candidate: Worker(*candidate), candidates.values()))
+    for (name, candidate), worker in zip(candidates.items(), started, strict=True):
         difference, largest = worker("difference"), TOLERANCE["off" if candidate[2] else args.amp]
         if difference <= largest:
             workers[name] = worker
-            fresh = Worker(*candidate)  # memory that was used before would hide what a step needs
-            memory[name] = fresh("memory")
-            fresh.end()
+            if args.cuda:
+                memory[name] = worker("memory")
+            else:
+                fresh = Worker(*candidate)  # memory that was used before would hide what a step needs
+                memory[name] = fresh("memory")
+                fresh.end()
         else:
             report.say(f"| {name}: its loss is {difference:.1e} off its reference, more than {largest:g}: not timed")
             worker.end()

@@ -79,8 +79,8 @@ def _settle(parser, given, args, recipe):
             "--sentences has batches of their own lengths: leave out --variable-bptt, --partial-shuffle, "
             "--cuda-graphs and --compile"
         )
-    if args.cuda_graphs and (not args.cuda or args.amp != "off" or args.variable_bptt):
-        parser.error("--cuda-graphs takes windows of one length in float32: give --cuda, --no-variable-bptt, no --amp")
+    if args.cuda_graphs and (not args.cuda or args.variable_bptt):
+        parser.error("--cuda-graphs takes windows of one length on a GPU: give --cuda and --no-variable-bptt")
     if args.compile and (args.cuda_graphs or args.variable_bptt):
         parser.error("--compile takes windows of one length, without --cuda-graphs: give --no-variable-bptt for it")
     if args.compress and args.sparsity:

@@ -35,7 +35,7 @@ def setup(args):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if args.cuda:
-        use_tf32(args.tf32)
+        use_tf32(args.tf32, args.tf32 or args.amp == "bf16")
     if args.threads:
         torch.set_num_threads(args.threads)
     kept = args.tune_allocator and keep_memory()
@@ -43,7 +43,7 @@ def setup(args):
     flushed = torch.set_flush_denormal(args.flush_denormal) and args.flush_denormal
     products = "oneDNN" if use_onednn(args.onednn) else "default"
     if args.cuda:
-        products = "TF32" if args.tf32 else "float32"
+        products = "TF32" if args.tf32 else "float32, of recurrences TF32" if args.amp == "bf16" else "float32"
     compiled.use(args.numba)
     compiled.announce = lambda name: print(f"| compiling the kernel {name}, once", file=sys.stderr, flush=True)
     settings = [
@@ -75,11 +75,13 @@ def keep_memory():
     return all(done)
 
 
-def use_tf32(wanted):
-    """Compute a GPU's float32 products, cuDNN's too, in TF32 (8 bits of exponent, 10 behind the point), or plainly."""
-    precision = "tf32" if wanted else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.rnn.fp32_precision = precision
+def use_tf32(wanted, recurrent):
+    """Compute a GPU's float32 products in TF32 (8 bits of exponent, 10 behind the point), or plainly.
+
+    recurrent: those inside cuDNN's recurrences, which --amp bf16 leaves in float32, see models/rnn.py.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if wanted else "ieee"
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if recurrent else "ieee"
     # weight drop hands cuDNN weights that do not lie together: it copies them, once a step, and says so once
     warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
 
@@ -89,29 +91,37 @@ SHAPES = 8
 
 
 class Passes(torch.nn.Module):
-    """A core's pass over a window as torch.cuda.make_graphed_callables wants it: tensors in, tensors out."""
+    """A core's pass over a window as torch.cuda.make_graphed_callables wants it: tensors in, tensors out.
 
-    def __init__(self, core, forward):
+    Autocast is as it was when this was made, without its cache: a weight that was converted before would not be
+    converted again when a graph is replayed.
+    """
+
+    def __init__(self, core, forward, kind):
         super().__init__()
         self.core, self.eager = core, forward
+        self.amp = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
     def forward(self, x, *state):
         """x (T, B, E), the state's tensors -> the output, the tensors of the state after."""
-        output, after = self.eager(x, state)
+        with torch.autocast(*self.amp, cache_enabled=False):
+            output, after = self.eager(x, state)
         return output, *after
 
 
 def graph(core):
     """Record a core's training passes as CUDA graphs, one for each shape of a window, and replay them from then on.
 
-    A loop over time in Python starts thousands of kernels a window; a replayed graph is one launch. In float32, on one
-    GPU. Not proven on a GPU but for what tests/test_gpu.py says.
+    A loop over time in Python starts thousands of kernels a window, cuDNN's recurrence of an LSTM a dozen a step; a
+    replayed graph is one launch. On one GPU.
     """
     eager = core.forward
 
     def record(x, state):
         sample = x.detach().clone().requires_grad_(x.requires_grad), *(part.detach().clone() for part in state)
-        replay = torch.cuda.make_graphed_callables(Passes(core, eager), sample)
+        passes = Passes(core, eager, x.device.type)
+        with torch.autocast(x.device.type, enabled=False):  # the backward pass is outside of it, too
+            replay = torch.cuda.make_graphed_callables(passes, sample)
 
         def forward(x, state):
             output, *after = replay(x, *state)

@@ -257,8 +257,11 @@ class Trainer:
         if improved:
             with self.evaluated():
                 self.save(self.folder.best)
-                self.save(self.args.save)
-        self.save(self.folder.last)
+            self.copy_best(self.args.save)
+        if improved and not averaged:
+            self.copy_best(self.folder.last)
+        else:
+            self.save(self.folder.last)
         self.shown = {**self.history, "epochs": [*self.history["epochs"], *([entry] if partial else [])]}
         self.folder.write(self.record(), self.shown)
 
@@ -388,6 +391,11 @@ class Trainer:
                 "commands": self.commands,
             },
         )
+
+    def copy_best(self, path):
+        """Let a file hold what best.pt does: writing a large one takes longer than an epoch on a GPU may."""
+        if self.processes.rank == 0:
+            checkpoint.copy(self.folder.best, path)
 
     def restore(self, saved):
         """Go on from a checkpoint that `save` wrote, whose weights the model has already."""

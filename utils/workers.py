@@ -106,10 +106,10 @@ class Candidate:
 
     def parts(self):
         """Milliseconds of a training step in the core, in the softmax and loss, and in clipping and the update."""
-        marks = [time.perf_counter()]
+        marks = [self.clock.mark()]
 
         def mark():
-            marks.append(time.perf_counter())
+            marks.append(self.clock.mark())
 
         self.optimizer.zero_grad()
         x = self.model.embedding(self.tokens)
@@ -123,7 +123,7 @@ class Candidate:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.flags.clip)
         self.optimizer.step()
         mark()
-        forward, softmax, backward, update = (1000 * (end - start) for start, end in itertools.pairwise(marks))
+        forward, softmax, backward, update = (self.clock.milliseconds(*pair) for pair in itertools.pairwise(marks))
         return forward + backward, softmax, update
 
     def train(self, ids, epochs):
@@ -180,11 +180,20 @@ class Candidate:
         return timing.products_alone(timing.count(self.step).products, self.device)
 
     def profile(self, rows):
-        """The `rows` longest operations of a step (name, own milliseconds, calls), and the milliseconds of all."""
+        """The `rows` longest operations of a step (name, own milliseconds, calls), and the milliseconds of all.
+
+        On a GPU its kernels and copies, by their time there.
+        """
+        gpu = self.device.type == "cuda"
+        activities = torch.profiler.ProfilerActivity
         self.step()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with torch.profiler.profile(activities=[activities.CPU, *[activities.CUDA] * gpu]) as profiler:
             self.step()
-        found = [(event.key, event.self_cpu_time_total / 1000, event.count) for event in profiler.key_averages()]
+        events = profiler.key_averages()
+        if gpu:
+            events = [event for event in events if event.device_type == torch.profiler.DeviceType.CUDA]
+        taken = [event.self_device_time_total if gpu else event.self_cpu_time_total for event in events]
+        found = [(event.key, us / 1000, event.count) for event, us in zip(events, taken, strict=True)]
         longest = sorted(found, key=lambda row: -row[1])[:rows]
         return longest, sum(milliseconds for _, milliseconds, _ in found)
 

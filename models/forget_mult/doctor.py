@@ -1,5 +1,7 @@
 """python -m models.forget_mult.doctor: what the CUDA kernels need, whether it is there, whether they compute right."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from . import cuda, nvrtc, reference
@@ -36,11 +38,16 @@ def compiles():
         print(f"NVRTC: {type(error).__name__}: {error}; pip install {cuda.packages(torch.version.cuda)}")
         return
     source = nvrtc.SOURCE.read_text(encoding="utf-8")
-    for architecture in nvrtc.architectures(path):
+
+    def compiled(architecture):
         try:
-            print(f"sm_{architecture}: {len(nvrtc.compiled(source, f'sm_{architecture}', path)):,} bytes")
+            return f"sm_{architecture}: {len(nvrtc.compiled(source, f'sm_{architecture}', path)):,} bytes"
         except Exception as error:  # pynvrtc's, whose text is the log
-            print(f"sm_{architecture}: {error}")
+            return f"sm_{architecture}: {error}"
+
+    with ThreadPoolExecutor() as pool:  # one takes some five seconds
+        for line in pool.map(compiled, nvrtc.architectures(path)):
+            print(line)
 
 
 def self_test(device):
