@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, InProcess
+from conftest import InProcess
 
 import benchmark
 from models.forget_mult import BACKENDS
@@ -154,6 +154,15 @@ def test_layers_tables(seeds, tmp_path, capsys, monkeypatch):
     assert "recurrence, T, B, H = 5, 3, 7" in page and "layer, T, B, input, H, window = 5, 3, 7, 11, 1" in page
 
 
+def test_a_layer_of_other_sizes_is_another(monkeypatch):
+    """One of the same sizes stays; each takes some time."""
+    made, layer = [], layers.Layer
+    monkeypatch.setattr(layers, "Layer", lambda *given: made.append(given) or layer(*given))
+    resized, small, large = layers.Resized("QRNN", args()), (5, 3, 7, 11, 1), (2, 3, 7, 11, 2)
+    assert all(resized.inference(sizes) > 0 for sizes in (small, small, large, small))
+    assert [given[1] for given in made] == [small, large, small]
+
+
 def test_figure4(monkeypatch, tmp_path, capsys):
     """Parts of a training step, the grid, the picture; published figures beside ours where there are some."""
     small = "--emsize 7 --nhid 7 --nlayers 1 --batch-size 5 --bptt 3"
@@ -169,13 +178,3 @@ def test_figure4(monkeypatch, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "/ 5.5 |" in text and "/ - |" in text and "| QRNN (paper) | 42 | 75 | 35 | 152 |" in text
     assert (tmp_path / "qrnn" / "f4.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_qrnn_page_is_what_its_records_say():
-    """Each record in results/qrnn/ is rendered between its markers."""
-    folder = ROOT / "results" / "qrnn"
-    for path in sorted(folder.glob("*.json")):
-        record = report.read_record(path)
-        page = (ROOT / "results" / "qrnn.md").read_text(encoding="utf-8")
-        text = page.split(f"<!-- {path.stem} -->\n")[1].split(f"<!-- /{path.stem} -->")[0]
-        assert text.strip() == tables.RENDERERS[record["kind"]](record).strip(), path.name

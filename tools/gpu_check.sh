@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a machine with a GPU can say, in under ten minutes, all results in one folder (gpu-check, or the first argument).
+# What only a machine with a GPU can say, in about ten minutes, all results in one folder (gpu-check, or the first argument).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu-check}
@@ -20,10 +20,10 @@ step() {  # NAME SECONDS COMMAND...: its output in NAME.txt; what fails is said 
 step driver 20 nvidia-smi
 step doctor 60 python -m models.forget_mult.doctor
 step tests 120 python -m pytest -q -m gpu
-speed="--cuda --rounds 10 --warmup 5 --results $out"
-step speed 90 python benchmark.py speed $speed --only port AWD QRNN 'LSTM 650' 'RMC, p' --record gpu-fp32
-step speed-bf16 90 python benchmark.py speed $speed --amp bf16 --only port AWD QRNN 'LSTM 650' 'RMC, p' --record gpu-bf16
-step figure4 90 python benchmark.py figure4 $speed --record gpu-figure4
+speed="--cuda --rounds 5 --warmup 5 --results $out"
+step speed 180 python benchmark.py speed $speed --only port AWD QRNN 'LSTM 650' 'RMC, p' --record gpu-fp32
+step speed-bf16 180 python benchmark.py speed $speed --amp bf16 --only port AWD QRNN 'LSTM 650' 'RMC, p' --record gpu-bf16
+step figure4 120 python benchmark.py figure4 $speed --record gpu-figure4
 step train 110 python train_rmc.py --cuda --data pydocs --max-minutes 1.5 --save "$out/model.pt" --name rmc
 step generate 20 python generate.py --cuda --checkpoint "$out/model.pt" --words 200 --outf "$out/text.txt"
 cat "$out/summary.txt"

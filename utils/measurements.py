@@ -13,7 +13,7 @@ import torch
 from data.corpus import Corpus, find_corpus, split_file
 
 from . import UserError, report, runtime
-from .layers import WAYS, Layer, Recurrence
+from .layers import WAYS, Layer, Recurrence, Resized
 from .pictures import figure4_picture
 from .tables import RENDERERS, RIVALS, rival_name
 from .workers import Worker, load_once, write_zipf
@@ -360,14 +360,15 @@ def figure4(args):
                 parts[name].append(taken)
     for worker in workers.values():
         worker.end()
+    workers = {way: Worker(way, args, kind=Resized) for way in ("nn.LSTM", "QRNN", "QRNN bf16")}
     cells = []
     for batch, length in report.progress([(b, t) for b in GRID["batch"] for t in GRID["length"]], "grid"):
         sizes = (length, batch, 320, 320, 2)
-        ways = {way: Worker(way, sizes, None, args, kind=Layer) for way in ("nn.LSTM", "QRNN", "QRNN bf16")}
-        taken = {way: [worker("inference") for _ in range(args.warmup + args.rounds)] for way, worker in ways.items()}
-        for worker in ways.values():
-            worker.end()
+        rounds = range(args.warmup + args.rounds)
+        taken = {way: [worker("inference", sizes) for _ in rounds] for way, worker in workers.items()}
         cells.append({"batch": batch, "length": length} | {way: times[args.warmup :] for way, times in taken.items()})
+    for worker in workers.values():
+        worker.end()
     figures = {"kind": "figure4", "vocab_size": args.vocab_size, "parts": parts, "cells": cells}
     finish(args, machine, figures, "qrnn")
     if args.record:

@@ -19,6 +19,11 @@ RIVALS = {
 }
 
 
+def places(milliseconds):
+    """Digits behind the point of figures of about this many milliseconds."""
+    return 1 if milliseconds < 100 else 0
+
+
 def spread(values, digits=0):
     """Median (lowest to highest)."""
     return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
@@ -47,11 +52,13 @@ def speed_text(record):
     table_rows = []
     for name, row in rows.items():
         median = statistics.median(row["ms"])
-        cells = [name, spread(row["ms"]), "", f"{statistics.median(row['forward_ms']):,.0f}", f"{row['launches']:,}"]
+        digits = places(median)
+        cells = [name, spread(row["ms"], digits), "", f"{statistics.median(row['forward_ms']):,.{digits}f}"]
+        cells += [f"{row['launches']:,}"]
         cells += [f"{row['memory_mib']:,.0f}", "", "", "", "", ""]
         if "products_ms" in row:
             cells[2] = f"{row['tokens'] / median * 1000:,.0f}"
-            cells[6] = spread(row["products_ms"])
+            cells[6] = spread(row["products_ms"], digits)
             cells[7] = spread([taken / alone for taken, alone in zip(row["ms"], row["products_ms"], strict=True)], 2)
         peers = [rows[rival] for rival in map(rival_name, RIVALS.get(name, ())) if rival in rows]
         ratios = [[theirs / ours for ours, theirs in zip(row["ms"], peer["ms"], strict=True)] for peer in peers]
@@ -141,8 +148,9 @@ def profile_text(record):
     """The markdown of a profile record: two columns a candidate, its operations by their own time."""
     header, cells = [], []
     for row in record["rows"]:
-        header += [f"{row['name']}: {row['total_ms']:,.0f} ms", "calls", "ms"]
-        cells.append([[name, f"{calls:,}", f"{taken:,.0f}"] for name, taken, calls in row["longest"]])
+        digits = places(row["total_ms"])
+        header += [f"{row['name']}: {row['total_ms']:,.{digits}f} ms", "calls", "ms"]
+        cells.append([[name, f"{calls:,}", f"{taken:,.{digits}f}"] for name, taken, calls in row["longest"]])
     rows = [[cell for part in parts for cell in part] for parts in zip(*cells, strict=True)]
     return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
 

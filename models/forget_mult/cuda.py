@@ -1,6 +1,7 @@
 """The recurrence and the pooling by forget_mult.cu's kernels, launched through CuPy on torch's stream.
 
-Not proven on a GPU but for what tests/test_cuda.py says. CuPy is imported when a CUDA tensor asks, not before.
+Proven without a GPU by tests/test_cuda.py, on one by tests/test_gpu.py. CuPy is imported when a CUDA tensor asks, not
+before.
 """
 
 import functools
