@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import benchmark
 import generate
 import train_rmc
-from models import forget_mult
+from models import forget_mult, rnn
 from models.forget_mult import choose, cuda, doctor, nvrtc, operator, pooling, recurrence
 
 if sys.platform != "linux":
@@ -351,6 +351,32 @@ def test_shapes_and_devices_of_tensors_that_are_not_there(monkeypatch):
         made = operator.solve_backward(h, gate, x, h, initial, True, False, "cuda")
         assert [tuple(part.shape) for part in (h, *made)] == [(5, 2, 3)] * 3 + [(2, 3)]
         assert {part.device.type for part in (h, *made)} == {"cuda"}
+
+
+@pytest.mark.parametrize("model", ("LSTM", "GRU"))
+def test_recurrences_are_not_computed_in_float16(monkeypatch, model):
+    """Under a GPU's autocast, for bfloat16, the library's kernels get float32 and autocast is off, however called."""
+    seen, states = [], 2 if model == "LSTM" else 1
+
+    def kernel(x, state, *given):
+        tensors = [x, *(given[0] if given else ())]
+        seen.append((torch.is_autocast_enabled("cuda"), *{part.dtype for part in tensors}))
+        return x, *(torch.zeros(1, 3, 7, device="cuda") for _ in range(states))
+
+    monkeypatch.setitem(rnn.LIBRARY, model, kernel)
+    monkeypatch.setattr(torch.nn.RNNBase, "reset_parameters", lambda self: None)  # no random numbers there
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        core, x = rnn.RNN(model, 7, 7, 1), torch.empty(5, 3, 7)
+        state = core.initial_state(3)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            w_ih, w_hh, *biases = rnn.layer_weights(core.rnn)
+            rnn.run_layer(model, x.bfloat16(), (w_ih, w_hh.bfloat16(), *biases), state)
+            monkeypatch.setattr(core.rnn, "forward", lambda x, *state: (kernel(x, state)[0], state[0]))
+            core(x, state)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert seen == [(False, torch.float32)] * 2
 
 
 def test_without_a_gpu_torch_does_it(monkeypatch):

@@ -370,13 +370,24 @@ def passed(core, x, memory):
     return [output, after, gradient, *(parameter.grad.clone() for parameter in core.parameters())]
 
 
-def test_graphs_are_replayed_where_they_fit(monkeypatch):
-    """One is recorded for each shape of a window, some shapes at most; results, gradients and states are the core's."""
+@pytest.mark.parametrize("amp", (False, True))
+def test_graphs_are_replayed_where_they_fit(monkeypatch, amp):
+    """One is recorded for each shape of a window, some shapes at most; results, gradients and states are the core's.
+
+    Autocast, if it is on, is so inside the core's pass alone, and what it converts is not kept."""
     torch.manual_seed(0)
     core, recorded, replayed = RMC(5, headsize=3, numheads=2), [], []
 
     def record(module, sample):
         recorded.append(tuple(part.shape for part in sample))
+        assert not torch.is_autocast_enabled("cpu")
+        eager = module.eager
+
+        def watched(x, state):
+            assert torch.is_autocast_enabled("cpu") == amp and not torch.is_autocast_cache_enabled()
+            return eager(x, state)
+
+        module.eager = watched
         assert all(part.data_ptr() != other.data_ptr() for part, other in zip(sample, given, strict=True))
         return lambda *parts: replayed.append(1) or module(*parts)
 
@@ -386,8 +397,9 @@ def test_graphs_are_replayed_where_they_fit(monkeypatch):
     runtime.graph(core)
     for steps in (7, 7, 3, 5, 7, 3):
         given = torch.randn(steps, 2, 5, requires_grad=True), torch.randn(1, 2, 6)
-        for one, two in zip(*(passed(each, *given) for each in (core, plain)), strict=True):
-            assert torch.equal(one, two)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            for one, two in zip(*(passed(each, *given) for each in (core, plain)), strict=True):
+                assert torch.equal(one, two)
     assert recorded == [((7, 2, 5), (1, 2, 6)), ((3, 2, 5), (1, 2, 6))] and len(replayed) == 5
     with torch.no_grad():
         core(given[0], given[1:])
