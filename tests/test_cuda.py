@@ -463,8 +463,8 @@ def test_the_check_for_a_gpu_asks_what_there_is(tmp_path):
     command = [ROOT / "tools" / "gpu_check.sh", tmp_path / "out"]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert summary.startswith("| driver | failed") and summary.count("| ok |") == 7
+    assert summary.startswith("| driver | failed") and summary.count("| ok |") == 8
     parsers = {"benchmark.py": benchmark, "train_rmc.py": train_rmc, "generate.py": generate}
     asked = [shlex.split(line) for line in (tmp_path / "asked").read_text().splitlines()]
     known = [parsers[script].build_parser().parse_args(flags) for script, *flags in asked if script in parsers]
-    assert len(known) == 5 and all(args.cuda for args in known)
+    assert len(known) == 6 and all(args.cuda for args in known)

@@ -25,5 +25,6 @@ step speed 180 python benchmark.py speed $speed --only port AWD QRNN 'LSTM 650' 
 step speed-bf16 180 python benchmark.py speed $speed --amp bf16 --only port AWD QRNN 'LSTM 650' 'RMC, p' --record gpu-bf16
 step figure4 120 python benchmark.py figure4 $speed --record gpu-figure4
 step train 110 python train_rmc.py --cuda --data pydocs --max-minutes 1.5 --save "$out/model.pt" --name rmc
+step graphs 80 python train_rmc.py --cuda --cuda-graphs --data pydocs --max-minutes 0.5 --save "$out/graphs.pt" --name graphs
 step generate 20 python generate.py --cuda --checkpoint "$out/model.pt" --words 200 --outf "$out/text.txt"
 cat "$out/summary.txt"
