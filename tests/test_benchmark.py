@@ -100,18 +100,18 @@ def test_speed_is_the_median_of_the_rounds_after_the_warmup(candidates, capsys, 
     rows, _ = speed(capsys, "--rounds", "3", "--warmup", "1")
     assert rows[0] == {
         "model": "LSTM, port",
-        "ms/batch, median (range)": "30 (10 to 40)",
+        "ms/batch, median (range)": "30.0 (10.0 to 40.0)",
         "tokens/s": f"{7 * 13 / 0.030:,.0f}",
-        "forward only ms": "5",
+        "forward only ms": "5.0",
         "launches": "30",
         "peak MiB": "10",
-        "products alone ms": "20 (20 to 20)",
+        "products alone ms": "20.0 (20.0 to 20.0)",
         "step / products": "1.50 (0.50 to 2.00)",
         "times the peer's speed": "2.00 (0.50 to 3.00)",
         "launches / peer's": "0.25",
         "peak / peer's": "0.25",
     }
-    assert rows[1]["ms/batch, median (range)"] == "30 (15 to 80)"
+    assert rows[1]["ms/batch, median (range)"] == "30.0 (15.0 to 80.0)"
     assert all(worker.ended for worker in workers.values())
 
 
