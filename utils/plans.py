@@ -156,6 +156,7 @@ PLANS = {
         fifth("units-80-columns", DROPOUTS, UNITS, batch=80),
         fifth("units-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5"),
         fifth("units-narrow", DROPOUTS, UNITS, epochs=63, nhid=360),
+        fifth("units-narrower", DROPOUTS, UNITS, epochs=82, nhid=250),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),
