@@ -157,6 +157,8 @@ PLANS = {
         fifth("units-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5"),
         fifth("units-narrow", DROPOUTS, UNITS, epochs=63, nhid=360),
         fifth("units-narrower", DROPOUTS, UNITS, epochs=82, nhid=250),
+        fifth("narrow-three-quarters", ".3 .19 .3 .075 .375", UNITS, epochs=63, nhid=360),
+        fifth("narrow-high-rate", DROPOUTS, UNITS, epochs=63, nhid=360, lr="8e-3"),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),
