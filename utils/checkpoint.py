@@ -9,10 +9,9 @@ import os
 import pickle
 import shutil
 import signal
-import tempfile
 import threading
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -54,16 +53,18 @@ def save(path, checkpoint):
 
 def copy(source, path):
     """Let `path` hold what `source` does, whole, as save; where the file system allows it without writing it again."""
+    link = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     with _written(path), undisturbed():
-        with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=f".{Path(path).name}.") as folder:
-            link = Path(folder) / "link"
-            with suppress(OSError):
-                os.link(source, link)
-            if link.exists():
-                os.replace(link, path)
-                return
-        with open(source, "rb") as old, atomic_write(path) as file:
-            shutil.copyfileobj(old, file)
+        try:
+            os.link(source, link)
+        except OSError:  # another file system, or one without links
+            with open(source, "rb") as old, atomic_write(path) as file:
+                shutil.copyfileobj(old, file)
+            return
+        try:
+            os.replace(link, path)
+        finally:
+            link.unlink(missing_ok=True)  # it stays where both are one file already
 
 
 @contextmanager

@@ -148,7 +148,7 @@ class Layer:
 
 
 class Resized:
-    """Layers of one way, one after the other, in one process, which takes longer to start than a GPU for a layer."""
+    """Layers of one way, one after the other, in one process: to start one takes longer than to time a GPU's layer."""
 
     def __init__(self, way, args):
         self.way, self.args, self.sizes, self.layer = way, args, None, None
