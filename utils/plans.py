@@ -55,6 +55,8 @@ CACHE_WIKI = "--pointer --lambdasm 0.1279 --theta 0.662 --window 3785 --pointer-
 DROPOUTS = ".4 .25 .4 .1 .5"
 """dropouti, dropouth, dropout, dropoute and wdrop of the authors' Penn Treebank model."""
 UNITS = "--partial-shuffle --wdrop-units"
+NARROW = "--wdrop-units --nhid 800 --lr 6e-3 --epochs 55"
+"""What results/awd-search.md found, at full size."""
 DYNAMIC = "--dynamic --lr 5e-5 --lamb 0.002 --bptt 5"
 DYNAMIC_QRNN = "--dynamic --lr 1.2e-4 --lamb 0.02 --bptt 20"
 DYNAMIC_QRNN_WIKI = "--dynamic --lr 1.2e-4 --lamb 0.008 --bptt 20"
@@ -159,12 +161,16 @@ PLANS = {
         fifth("units-narrower", DROPOUTS, UNITS, epochs=82, nhid=250),
         fifth("narrow-three-quarters", ".3 .19 .3 .075 .375", UNITS, epochs=63, nhid=360),
         fifth("narrow-high-rate", DROPOUTS, UNITS, epochs=63, nhid=360, lr="8e-3"),
+        fifth("narrow-higher-rate", DROPOUTS, UNITS, epochs=63, nhid=360, lr="1.6e-2"),
+        fifth("narrower-high-rate", DROPOUTS, UNITS, epochs=82, nhid=250, lr="8e-3"),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),
         *adapted("awd-fast", (53.9, 52.8), (51.6, 51.1)),
         trained("awd-fast-units", "train_awd.py --recipe fast --wdrop-units --epochs 36", 60.7, 58.8),
         *adapted("awd-fast-units", (53.9, 52.8), (51.6, 51.1)),
+        trained("awd-fast-narrow", f"train_awd.py --recipe fast {NARROW}", 60.7, 58.8),
+        *adapted("awd-fast-narrow", (53.9, 52.8), (51.6, 51.1)),
     ),
     "awd": (  # salesforce/awd-lstm-lm; dynamic evaluation: Krause et al. 2018, of models of their own
         *awd(
