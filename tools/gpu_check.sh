@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a machine with a GPU can say, in about ten minutes, all results in one folder (gpu-check, or the first argument).
+# What only a machine with a GPU can say, in 15 minutes at most, all results in one folder (gpu-check, or the first argument).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu-check}
