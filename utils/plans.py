@@ -55,7 +55,7 @@ CACHE_WIKI = "--pointer --lambdasm 0.1279 --theta 0.662 --window 3785 --pointer-
 DROPOUTS = ".4 .25 .4 .1 .5"
 """dropouti, dropouth, dropout, dropoute and wdrop of the authors' Penn Treebank model."""
 UNITS = "--partial-shuffle --wdrop-units"
-NARROW = "--wdrop-units --nhid 800 --lr 6e-3 --epochs 55"
+NARROW = "--wdrop-units --nhid 800 --lr 5e-3 --epochs 50"
 """What results/awd-search.md found, at full size."""
 DYNAMIC = "--dynamic --lr 5e-5 --lamb 0.002 --bptt 5"
 DYNAMIC_QRNN = "--dynamic --lr 1.2e-4 --lamb 0.02 --bptt 20"
