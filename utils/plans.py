@@ -55,8 +55,6 @@ CACHE_WIKI = "--pointer --lambdasm 0.1279 --theta 0.662 --window 3785 --pointer-
 DROPOUTS = ".4 .25 .4 .1 .5"
 """dropouti, dropouth, dropout, dropoute and wdrop of the authors' Penn Treebank model."""
 UNITS = "--partial-shuffle --wdrop-units"
-NARROW = "--wdrop-units --nhid 800 --lr 5e-3 --epochs 50"
-"""What results/awd-search.md found, at full size."""
 DYNAMIC = "--dynamic --lr 5e-5 --lamb 0.002 --bptt 5"
 DYNAMIC_QRNN = "--dynamic --lr 1.2e-4 --lamb 0.02 --bptt 20"
 DYNAMIC_QRNN_WIKI = "--dynamic --lr 1.2e-4 --lamb 0.008 --bptt 20"
@@ -169,7 +167,12 @@ PLANS = {
         *adapted("awd-fast", (53.9, 52.8), (51.6, 51.1)),
         trained("awd-fast-units", "train_awd.py --recipe fast --wdrop-units --epochs 36", 60.7, 58.8),
         *adapted("awd-fast-units", (53.9, 52.8), (51.6, 51.1)),
-        trained("awd-fast-narrow", f"train_awd.py --recipe fast {NARROW}", 60.7, 58.8),
+        trained(
+            "awd-fast-narrow",
+            "train_awd.py --recipe fast --wdrop-units --nhid 800 --lr 5e-3 --epochs 50",
+            60.7,
+            58.8,
+        ),
         *adapted("awd-fast-narrow", (53.9, 52.8), (51.6, 51.1)),
     ),
     "awd": (  # salesforce/awd-lstm-lm; dynamic evaluation: Krause et al. 2018, of models of their own
