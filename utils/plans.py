@@ -55,6 +55,7 @@ CACHE_WIKI = "--pointer --lambdasm 0.1279 --theta 0.662 --window 3785 --pointer-
 DROPOUTS = ".4 .25 .4 .1 .5"
 """dropouti, dropouth, dropout, dropoute and wdrop of the authors' Penn Treebank model."""
 UNITS = "--partial-shuffle --wdrop-units"
+NARROW = {"epochs": 63, "nhid": 360, "lr": "8e-3"}
 DYNAMIC = "--dynamic --lr 5e-5 --lamb 0.002 --bptt 5"
 DYNAMIC_QRNN = "--dynamic --lr 1.2e-4 --lamb 0.02 --bptt 20"
 DYNAMIC_QRNN_WIKI = "--dynamic --lr 1.2e-4 --lamb 0.008 --bptt 20"
@@ -148,19 +149,19 @@ PLANS = {
         fifth("three-quarters", ".3 .19 .3 .075 .375", ""),
         fifth("half", ".2 .125 .2 .05 .25", ""),
         fifth("units", DROPOUTS, UNITS),
-        fifth("units-in-order", DROPOUTS, "--wdrop-units"),
-        fifth("units-equal-windows", DROPOUTS, f"{UNITS} --no-variable-bptt"),
-        fifth("units-low-rate", DROPOUTS, UNITS, lr="2e-3"),
-        fifth("units-high-rate", DROPOUTS, UNITS, lr="8e-3"),
-        fifth("units-40-columns", DROPOUTS, UNITS, batch=40),
-        fifth("units-80-columns", DROPOUTS, UNITS, batch=80),
-        fifth("units-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5"),
         fifth("units-narrow", DROPOUTS, UNITS, epochs=63, nhid=360),
         fifth("units-narrower", DROPOUTS, UNITS, epochs=82, nhid=250),
         fifth("narrow-three-quarters", ".3 .19 .3 .075 .375", UNITS, epochs=63, nhid=360),
-        fifth("narrow-high-rate", DROPOUTS, UNITS, epochs=63, nhid=360, lr="8e-3"),
+        fifth("narrow-high-rate", DROPOUTS, UNITS, **NARROW),
         fifth("narrow-higher-rate", DROPOUTS, UNITS, epochs=63, nhid=360, lr="1.6e-2"),
         fifth("narrower-high-rate", DROPOUTS, UNITS, epochs=82, nhid=250, lr="8e-3"),
+        fifth("narrow-sgd", DROPOUTS, f"{UNITS} --optimizer sgd", epochs=63, nhid=360, lr="30"),
+        fifth("narrow-40-columns", DROPOUTS, UNITS, epochs=80, nhid=360, lr="8e-3", batch=40),
+        fifth("narrow-80-columns", DROPOUTS, UNITS, epochs=98, nhid=360, lr="8e-3", batch=80),
+        fifth("narrow-in-order", DROPOUTS, "--wdrop-units", **NARROW),
+        fifth("narrow-equal-windows", DROPOUTS, f"{UNITS} --no-variable-bptt", **NARROW),
+        fifth("narrow-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5", **NARROW),
+        fifth("narrow-qrnn", ".4 .3 .4 .1 .1", "--partial-shuffle --model QRNN --nlayers 4", 63, 490, "4e-3"),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),
