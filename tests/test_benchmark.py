@@ -225,6 +225,14 @@ def test_profile_lists_the_longest_operations(candidates, capsys, tmp_path):
     assert "LSTM loop, port: " in out
 
 
+def test_a_profile_shortens_the_names_of_kernels():
+    """To 60 letters, the last three of them dots; a name of 60 stays."""
+    longest = [("k" * 61, 2.5, 1), ("m" * 60, 1.25, 3)]
+    rows = [{"name": "LSTM", "longest": longest, "total_ms": 3.75}]
+    text = tables.profile_text({"command": "", "machine": "", "environment": {}, "vocab_size": 5, "rows": rows})
+    assert f"| {'k' * 57}... | 1 | 2.5 |" in text and f"| {'m' * 60} | 3 | 1.2 |" in text
+
+
 @pytest.mark.parametrize(("kind", "options"), (("--data", ()), ("--tokens", ("--types", "101"))))
 def test_load_times_building_and_cache(capsys, tiny_corpus, tmp_path, kind, options):
     """Of a corpus, which gets no cache by this, and of one that is made up; kept and rendered."""

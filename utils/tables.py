@@ -144,13 +144,18 @@ def memory_text(record):
     return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
 
 
+def shortened(name, length=60):
+    """The name, or its first letters and three dots: that of a kernel of a GPU has hundreds."""
+    return name if len(name) <= length else f"{name[: length - 3]}..."
+
+
 def profile_text(record):
     """The markdown of a profile record: two columns a candidate, its operations by their own time."""
     header, cells = [], []
     for row in record["rows"]:
         digits = places(row["total_ms"])
         header += [f"{row['name']}: {row['total_ms']:,.{digits}f} ms", "calls", "ms"]
-        cells.append([[name, f"{calls:,}", f"{taken:,.{digits}f}"] for name, taken, calls in row["longest"]])
+        cells.append([[shortened(name), f"{calls:,}", f"{taken:,.{digits}f}"] for name, taken, calls in row["longest"]])
     rows = [[cell for part in parts for cell in part] for parts in zip(*cells, strict=True)]
     return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
 
