@@ -161,6 +161,7 @@ PLANS = {
         fifth("narrow-in-order", DROPOUTS, "--wdrop-units", **NARROW),
         fifth("narrow-equal-windows", DROPOUTS, f"{UNITS} --no-variable-bptt", **NARROW),
         fifth("narrow-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5", **NARROW),
+        fifth("narrow-more-decay", DROPOUTS, f"{UNITS} --wdecay 4e-5", **NARROW),
         fifth("narrow-wide-words", DROPOUTS, f"{UNITS} --emsize 290 --nlayers 2", epochs=63, nhid=290, lr="8e-3"),
         fifth("narrow-qrnn", ".4 .3 .4 .1 .1", "--partial-shuffle --model QRNN --nlayers 4", 63, 490, "4e-3"),
     ),
