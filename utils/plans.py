@@ -163,13 +163,13 @@ PLANS = {
         tried("narrow-equal-windows", DROPOUTS, f"{UNITS} --no-variable-bptt", **NARROW),
         tried("narrow-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5", **NARROW),
         tried("narrow-more-decay", DROPOUTS, f"{UNITS} --wdecay 4e-5", **NARROW),
-        tried("narrow-wide-words", DROPOUTS, f"{UNITS} --emsize 290 --nlayers 2", epochs=63, nhid=290, lr="8e-3"),
         tried("narrow-qrnn", ".4 .3 .4 .1 .1", "--partial-shuffle --model QRNN --nlayers 4", 63, 490, "4e-3"),
     ),
     "awd-search-half": (
         tried("narrow", DROPOUTS, UNITS, 25, 360, "8e-3", data=HALF),
         tried("narrow-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5", 25, 360, "8e-3", data=HALF),
         tried("narrow-more-decay", DROPOUTS, f"{UNITS} --wdecay 4e-5", 25, 360, "8e-3", data=HALF),
+        tried("wide-words", DROPOUTS, f"{UNITS} --wdecay 1.2e-5 --emsize 290 --nlayers 2", 25, 290, "8e-3", data=HALF),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),
