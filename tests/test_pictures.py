@@ -19,3 +19,12 @@ def test_equal_epochs_have_a_panel_of_their_own(figures, tmp_path):
     ]
     minutes = ("minutes of training", [("lstm-minutes: 170.0", 1.5, 2.0), ("rmc-minutes: 170.0", 1.5, 2.0)])
     assert shown == [[minutes, ("epochs of training", [("lstm-epochs: 170.0", 1, 2)])], [minutes]]
+
+
+def test_the_legend_of_many_curves_hides_none(figures, tmp_path):
+    """That of nine rows is beside the axes, that of eight inside."""
+    record = {"history": {"epochs": [{"epoch": 1, "seconds": 90, "valid_ppl": 300.0}]}}
+    for count in (8, 9):
+        pictures.curves_picture([(f"row {number}", record) for number in range(count)], tmp_path / f"{count}.png")
+    boxes = [(each.axes[0].get_legend().get_window_extent(), each.axes[0].get_window_extent()) for each in figures]
+    assert [legend.x0 < axes.x1 for legend, axes in boxes] == [True, False]

@@ -82,6 +82,8 @@ def _curves(axes, unit, rows):
     axes.set(xlabel=f"{unit} of training", ylabel="perplexity of the validation split", yscale="log")
     axes.set_ylim(0.9 * min(lowest), 4 * max(lowest))
     _plain(axes)
+    if len(rows) > 8:  # beside the axes, where it hides no curve
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def sparsity_picture(rows, path):
