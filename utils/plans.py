@@ -55,6 +55,7 @@ CACHE = "--pointer --lambdasm 0.1 --theta 1.0 --window 500 --pointer-start windo
 CACHE_WIKI = "--pointer --lambdasm 0.1279 --theta 0.662 --window 3785 --pointer-start window"
 DROPOUTS = ".4 .25 .4 .1 .5"
 """dropouti, dropouth, dropout, dropoute and wdrop of the authors' Penn Treebank model."""
+QRNN_DROPOUTS = ".4 .3 .4 .1 .1"
 UNITS = "--partial-shuffle --wdrop-units"
 NARROW = {"epochs": 63, "nhid": 360, "lr": "8e-3"}
 DYNAMIC = "--dynamic --lr 5e-5 --lamb 0.002 --bptt 5"
@@ -163,13 +164,12 @@ PLANS = {
         tried("narrow-equal-windows", DROPOUTS, f"{UNITS} --no-variable-bptt", **NARROW),
         tried("narrow-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5", **NARROW),
         tried("narrow-more-decay", DROPOUTS, f"{UNITS} --wdecay 4e-5", **NARROW),
-        tried("narrow-qrnn", ".4 .3 .4 .1 .1", "--partial-shuffle --model QRNN --nlayers 4", 63, 490, "4e-3"),
     ),
     "awd-search-half": (
         tried("narrow", DROPOUTS, UNITS, 25, 360, "8e-3", data=HALF),
         tried("narrow-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5", 25, 360, "8e-3", data=HALF),
-        tried("narrow-more-decay", DROPOUTS, f"{UNITS} --wdecay 4e-5", 25, 360, "8e-3", data=HALF),
-        tried("wide-words", DROPOUTS, f"{UNITS} --wdecay 1.2e-5 --emsize 290 --nlayers 2", 25, 290, "8e-3", data=HALF),
+        tried("wide-words", DROPOUTS, f"{UNITS} --emsize 290 --nlayers 2", 25, 290, "8e-3", data=HALF),
+        tried("qrnn", QRNN_DROPOUTS, "--partial-shuffle --model QRNN --nlayers 4", 25, 490, "4e-3", data=HALF),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),
