@@ -168,6 +168,7 @@ PLANS = {
     "awd-search-half": (
         tried("narrow", DROPOUTS, UNITS, 25, 360, "8e-3", data=HALF),
         tried("narrow-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5", 25, 360, "8e-3", data=HALF),
+        tried("low-rate", DROPOUTS, UNITS, 25, 360, "4e-3", data=HALF),
         tried("three-quarters", ".3 .19 .3 .075 .375", UNITS, 25, 360, "8e-3", data=HALF),
         tried("wide-words", DROPOUTS, f"{UNITS} --emsize 290 --nlayers 2", 25, 290, "8e-3", data=HALF),
         tried("qrnn", QRNN_DROPOUTS, "--partial-shuffle --model QRNN --nlayers 4", 25, 490, "4e-3", data=HALF),
