@@ -163,7 +163,6 @@ PLANS = {
         tried("narrow-in-order", DROPOUTS, "--wdrop-units", **NARROW),
         tried("narrow-equal-windows", DROPOUTS, f"{UNITS} --no-variable-bptt", **NARROW),
         tried("narrow-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5", **NARROW),
-        tried("narrow-more-decay", DROPOUTS, f"{UNITS} --wdecay 4e-5", **NARROW),
     ),
     "awd-search-half": (
         tried("narrow", DROPOUTS, UNITS, 25, 360, "8e-3", data=HALF),
@@ -185,6 +184,14 @@ PLANS = {
             58.8,
         ),
         *adapted("awd-fast-narrow", (53.9, 52.8), (51.6, 51.1)),
+        trained(
+            "awd-fast-less",
+            "train_awd.py --recipe fast --wdrop-units --nhid 800 --lr 5e-3 --epochs 60 "
+            "--dropouti .32 --dropouth .2 --dropout .32 --dropoute .08 --wdrop .4",
+            60.7,
+            58.8,
+        ),
+        *adapted("awd-fast-less", (53.9, 52.8), (51.6, 51.1)),
     ),
     "awd": (  # salesforce/awd-lstm-lm; dynamic evaluation: Krause et al. 2018, of models of their own
         *awd(
