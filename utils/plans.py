@@ -55,7 +55,6 @@ CACHE = "--pointer --lambdasm 0.1 --theta 1.0 --window 500 --pointer-start windo
 CACHE_WIKI = "--pointer --lambdasm 0.1279 --theta 0.662 --window 3785 --pointer-start window"
 DROPOUTS = ".4 .25 .4 .1 .5"
 """dropouti, dropouth, dropout, dropoute and wdrop of the authors' Penn Treebank model."""
-QRNN_DROPOUTS = ".4 .3 .4 .1 .1"
 UNITS = "--partial-shuffle --wdrop-units"
 NARROW = {"epochs": 63, "nhid": 360, "lr": "8e-3"}
 DYNAMIC = "--dynamic --lr 5e-5 --lamb 0.002 --bptt 5"
@@ -170,7 +169,7 @@ PLANS = {
         tried("low-rate", DROPOUTS, UNITS, 25, 360, "4e-3", data=HALF),
         tried("three-quarters", ".3 .19 .3 .075 .375", UNITS, 25, 360, "8e-3", data=HALF),
         tried("wide-words", DROPOUTS, f"{UNITS} --emsize 290 --nlayers 2", 25, 290, "8e-3", data=HALF),
-        tried("qrnn", QRNN_DROPOUTS, "--partial-shuffle --model QRNN --nlayers 4", 25, 490, "4e-3", data=HALF),
+        tried("qrnn", ".4 .3 .4 .1 .1", "--partial-shuffle --model QRNN --nlayers 4", 25, 490, "4e-3", data=HALF),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
         trained("awd-fast", "train_awd.py --recipe fast", 60.7, 58.8),
