@@ -82,8 +82,6 @@ def _curves(axes, unit, rows):
     axes.set(xlabel=f"{unit} of training", ylabel="perplexity of the validation split", yscale="log")
     axes.set_ylim(0.9 * min(lowest), 4 * max(lowest))
     _plain(axes)
-    if len(rows) > 8:  # beside the axes, where it hides no curve
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def sparsity_picture(rows, path):
@@ -191,4 +189,7 @@ def _plain(axes):
     axes.yaxis.set_major_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.grid(which="both", color="0.92")
-    axes.legend()
+    if len(axes.get_legend_handles_labels()[1]) > 8:  # beside the axes, where it hides no curve
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        axes.legend()

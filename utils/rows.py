@@ -32,6 +32,7 @@ TRIED = (
 """The fast recipe's training, of a fifth of the parameters and less, by one core."""
 FIFTH = "data/penn-fifth"
 HALF = "penn --train-tokens 465000"
+"""Parts of Penn Treebank's training split, as --data has them."""
 LEARN = "--dynamic --tune --tune-tokens 10000 --max-batches 200"
 
 
@@ -112,7 +113,7 @@ def awd(name, first, second, adaptations, published):
 def tried(name, dropouts, flags="--partial-shuffle", epochs=42, nhid=520, lr="4e-3", batch=20, data=FIFTH):
     """A Row of the search for the fast recipe. dropouts: dropouti, dropouth, dropout, dropoute and wdrop, as text.
 
-    data: FIFTH or HALF, parts of Penn Treebank's training split.
+    data: FIFTH or HALF.
     """
     names = ("dropouti", "dropouth", "dropout", "dropoute", "wdrop")
     drop = " ".join(f"--{flag} {value}" for flag, value in zip(names, dropouts.split(), strict=True))
