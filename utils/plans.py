@@ -187,7 +187,7 @@ PLANS = {
         *adapted("awd-fast-narrow", (53.9, 52.8), (51.6, 51.1)),
         trained(
             "awd-fast-less",
-            "train_awd.py --recipe fast --wdrop-units --nhid 800 --lr 5e-3 --epochs 60 "
+            "train_awd.py --recipe fast --wdrop-units --nhid 800 --lr 5e-3 --epochs 50 "
             "--dropouti .32 --dropouth .2 --dropout .32 --dropoute .08 --wdrop .4",
             60.7,
             58.8,
