@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import os
 import shlex
 import signal
@@ -40,14 +41,40 @@ def test_planned_commands_are_of_their_scripts(name, tmp_path):
                     assert value in before
                 if flag == "--checkpoint":
                     assert Path(value).relative_to("RUNS").parts[0].removesuffix(".pt") in (*before, row.name)
-            module = importlib.import_module(script.removesuffix(".py"))
             if script.startswith("train_"):
-                (tmp_path / "best.pt").touch()
-                flags = [str(tmp_path) if word in before else word for word in flags]
-                parsing.parse_training(module.build_parser(), module.RECIPES, flags)
+                training_flags(script, flags, before, tmp_path)
             else:
-                module.build_parser().parse_args(flags)
+                importlib.import_module(script.removesuffix(".py")).build_parser().parse_args(flags)
         before.append(row.name)
+
+
+def training_flags(script, flags, before, folder):
+    """What a training's flags mean, {name: value}; runs that it goes on from, of names in `before`, are in folder."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    (folder / "best.pt").touch()
+    flags = [str(folder) if word in before else word for word in flags]
+    return vars(parsing.parse_training(module.build_parser(), module.RECIPES, flags)[0])
+
+
+PLACES = {"argv", "name", "runs_dir", "save", "resume", "start_from", "finetune", "checkpoint_every", "log_interval"}
+PLACES |= {"onednn"}
+"""Flags that do not say what is trained, as onednn when oneDNN's products were not yet chosen by processor."""
+WIDTHS = {"emsize", "nhid", "headsize", "keysize", "context"}
+"""Those that are settled after parsing, by --num-params and by the length of windows."""
+
+
+@pytest.mark.parametrize("name", plans.PLANS)
+def test_records_are_of_what_is_planned(name, tmp_path):
+    """A planned command means today what its record's run was trained with, whatever became of recipes and defaults."""
+    for row in plans.PLANS[name]:
+        path = benchmark.RESULTS / name / f"{row.name}.json"
+        script, *flags = shlex.split(row.commands[-1].format(runs="RUNS", seed=""))
+        if script.startswith("train_") and path.is_file():
+            recorded = report.read_record(path)["config"]
+            means = training_flags(script, flags, [other.name for other in plans.PLANS[name]], tmp_path)
+            compared = (means.keys() & recorded.keys()) - PLACES - (WIDTHS if means["num_params"] else set())
+            means = json.loads(json.dumps({flag: means[flag] for flag in compared}))
+            assert means == {flag: recorded[flag] for flag in compared}, row.name
 
 
 @pytest.mark.parametrize("name", plans.MEASURED)
