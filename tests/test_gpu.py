@@ -162,9 +162,10 @@ def test_cuda_graphs(family, amp):
         assert relative(two, one.cpu().double()) < (2e-5 if amp == "off" else 1e-2)
 
 
-def test_a_graph_draws_anew():
-    """Masks of weight drop and locked dropout differ from replay to replay, forward and backward alike."""
-    core = AWD("LSTM", 11, 17, 2, True, dropouth=0.5, wdrop=0.5).cuda()
+@pytest.mark.parametrize("units", (False, True))
+def test_a_graph_draws_anew(units):
+    """Masks of weight drop, or its units, and of locked dropout differ from replay to replay, forward and backward."""
+    core = AWD("LSTM", 11, 17, 2, True, dropouth=0.5, wdrop=0.5, wdrop_units=units).cuda()
     runtime.graph(core)
     x, state = torch.randn(5, 3, 11, device="cuda", requires_grad=True), core.initial_state(3)
     found = []

@@ -111,14 +111,15 @@ def awd(name, first, second, adaptations, published):
 
 
 def tried(name, dropouts, flags="--partial-shuffle", epochs=42, nhid=520, lr="4e-3", batch=20, data=FIFTH):
-    """A Row of the search for the fast recipe. dropouts: dropouti, dropouth, dropout, dropoute and wdrop, as text.
-
-    data: FIFTH or HALF.
-    """
-    names = ("dropouti", "dropouth", "dropout", "dropoute", "wdrop")
-    drop = " ".join(f"--{flag} {value}" for flag, value in zip(names, dropouts.split(), strict=True))
+    """A Row of the search for the fast recipe. dropouts: as dropped has them. data: FIFTH or HALF."""
     sizes = f"--epochs {epochs} --nhid {nhid} --lr {lr} --batch-size {batch}"
-    return trained(name, f"train_awd.py --data {data} {TRIED} {sizes} {drop} {flags}".strip())
+    return trained(name, f"train_awd.py --data {data} {TRIED} {sizes} {dropped(dropouts)} {flags}".strip())
+
+
+def dropped(dropouts):
+    """Flags of dropouti, dropouth, dropout, dropoute and wdrop, their values as text in this order."""
+    names = ("dropouti", "dropouth", "dropout", "dropoute", "wdrop")
+    return " ".join(f"--{flag} {value}" for flag, value in zip(names, dropouts.split(), strict=True))
 
 
 def adapted(name, cache=(), dynamic=()):
