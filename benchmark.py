@@ -16,7 +16,7 @@ def table(args):
     Records are kept in results/NAME/. Ctrl-C ends the training that is under way, the same command goes on with it.
     """
     if args.list:
-        report.say(plans.listing())
+        report.say(plans.listing(args.name))
         return
     if args.name is None:
         raise UserError("table: expected the name of a table, got none; --list shows those that are planned")
@@ -64,7 +64,9 @@ def build_parser():
     command.add_argument(
         "--differences", action="store_true", help="a row for runs that differ in their seeds only, named by flags"
     )
-    command.add_argument("--list", action="store_true", help="the planned tables, what their rows train, and end")
+    command.add_argument(
+        "--list", action="store_true", help="the planned tables, or NAME alone: what their rows train, and end"
+    )
     command.add_argument("--only", nargs="+", metavar="ROW", help="rows of a planned table; all if not given")
     command.add_argument("--seeds", type=cli.positive_int, default=1, metavar="N", help="random seeds of each row")
     command.add_argument("--budget", type=cli.positive, metavar="MINUTES", help="most minutes of each training")

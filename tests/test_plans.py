@@ -221,8 +221,8 @@ def test_what_a_planned_table_refuses(planned, fails, monkeypatch):
     assert "dense ended with exit code 2" in fails(lambda: planned("--only", "dense"))
 
 
-def test_the_list_of_planned_tables(capsys):
-    """Each row with its commands and what was published."""
+def test_the_list_of_planned_tables(capsys, fails):
+    """Each row with its commands and what was published; of one table, if it has a name, that table's rows alone."""
     benchmark.main(["table", "--list"])
     out = capsys.readouterr().out
     assert (
@@ -230,3 +230,8 @@ def test_the_list_of_planned_tables(capsys):
         in out
     )
     assert "compress.py prune" in out
+    for name, row in (("qrnn-penn", "lstm-72"), ("rmc-speed", "benchmark.py")):
+        benchmark.main(["table", name, "--list"])
+        title, *rows = capsys.readouterr().out.splitlines()
+        assert title == name and rows and all(line.startswith("  ") for line in rows) and row in rows[0]
+    assert "one of qrnn-speed, rmc-speed" in fails(benchmark.main, "table", "awd-pen", "--list")

@@ -1,5 +1,6 @@
 """The tables of the seeds: what each of their rows trains, and what was published for it."""
 
+from . import UserError
 from .rows import (
     EXAMPLE,
     HALF,
@@ -263,14 +264,18 @@ MEASURED = {
 """Tables that are measurements: of each, benchmark.py's sub-commands; {runs}: where all tables' runs are."""
 
 
-def listing():
-    """A line a table and row: what it runs, what was published."""
+def listing(table=None):
+    """A line a table and row, of all tables or of one: what it runs, what was published.
+
+    Raises UserError for a table that is not planned.
+    """
+    names = [*MEASURED, *PLANS]
+    if table not in (None, *names):
+        raise UserError(f"--list {table}: expected a planned table, one of {', '.join(names)}")
     lines = []
-    for name, measurements in MEASURED.items():
-        lines += [name, *(f"  benchmark.py {line}" for line in measurements)]
-    for name, rows in PLANS.items():
-        lines.append(name)
-        for row in rows:
+    for name in [table] if table else names:
+        lines += [name, *(f"  benchmark.py {line}" for line in MEASURED.get(name, ()))]
+        for row in PLANS.get(name, ()):
             published = f" (published: {row.test:g} test)" if row.test else ""
             lines.append(f"  {row.name}{published}: {'; '.join(row.commands)}")
     return "\n".join(lines)
