@@ -144,7 +144,7 @@ PLANS = {
         trained("qrnn-zoneout-fast", f"train_qrnn.py --data penn {QRNN_FAST}", 82.1, 78.3),
     ),
     "equal-size": (
-        *equal("elman", "train_rnn.py", 8, "--model RNN_TANH --nlayers 2 --lr 1e-3"),
+        *equal("elman", "train_rnn.py", 10, "--model RNN_TANH --nlayers 2 --lr 1e-3"),
         *equal("gru", "train_rnn.py", 7, "--model GRU --nlayers 2"),
         *equal("lstm", "train_rnn.py", 8, "--nlayers 2"),
         *equal("transformer", "train_rnn.py", 6, "--model Transformer --nhead 2 --nlayers 4 --lr 5e-4 --dropout 0.2"),
@@ -152,7 +152,7 @@ PLANS = {
         *equal("qrnn", "train_qrnn.py", 8, "--recipe fast"),
         *equal("awd-lstm", "train_awd.py", 7, AWD_EQUAL),
         *adapted("awd-lstm-minutes"),
-        *equal("awd-qrnn", "train_awd.py", 8, f"{AWD_EQUAL} --model QRNN --nlayers 4"),
+        *equal("awd-qrnn", "train_awd.py", 13, f"{AWD_EQUAL} --model QRNN --nlayers 4"),
     ),
     "awd-search": (
         tried("published", DROPOUTS),

@@ -152,7 +152,7 @@ def sentences(name, command, training, test):
 def equal(name, script, epochs, flags=""):
     """Two Rows of a family, at equal parameters: of equal epochs and of equal minutes, a cycle each.
 
-    epochs: as many as take about 30 minutes of two cores, an EPYC's of the Zen 4 kind.
+    epochs: as many as take about 30 minutes of two cores of the processor that the row's record names.
     """
     command = f"{script} {EQUAL} {flags}".strip()
     return tuple(
