@@ -180,6 +180,8 @@ PLANS = {
         tried("three-quarters", LESS, UNITS, **NARROW_HALF),
         tried("half", LEAST, UNITS, **NARROW_HALF),
         tried("wide-words", LESS, f"{UNITS} --emsize 290 --nlayers 2", 25, 290, "8e-3", data=HALF),
+        tried("wide-words-more", DROPOUTS, f"{UNITS} --emsize 290 --nlayers 2", 25, 290, "8e-3", data=HALF),
+        tried("one-layer", LESS, f"{UNITS} --emsize 320 --nlayers 1", 25, 320, "8e-3", data=HALF),
         tried("qrnn", ".3 .225 .3 .075 .1", "--partial-shuffle --model QRNN --nlayers 4", 25, 490, "4e-3", data=HALF),
     ),
     "awd-penn": (  # in 160 minutes; published: of 500 epochs and more, Merity et al. 2018, Krause et al. 2018
@@ -191,6 +193,13 @@ PLANS = {
         *adapted("awd-fast-narrow", (53.9, 52.8), (51.6, 51.1)),
         trained("awd-fast-less", "train_awd.py --recipe fast", 60.7, 58.8),
         *adapted("awd-fast-less", (53.9, 52.8), (51.6, 51.1)),
+        trained(
+            "awd-fast-wide-words",
+            f"train_awd.py --recipe fast --emsize 640 --nhid 640 --nlayers 2 {dropped(DROPOUTS)} --epochs 70",
+            60.7,
+            58.8,
+        ),
+        *adapted("awd-fast-wide-words", (53.9, 52.8), (51.6, 51.1)),
     ),
     "awd": (  # salesforce/awd-lstm-lm; dynamic evaluation: Krause et al. 2018, of models of their own
         *awd(
