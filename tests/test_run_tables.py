@@ -117,7 +117,10 @@ def test_the_best_test_perplexity_comes_first(table, tiny_run, run):
 
 
 def test_seeds_side_by_side(run, place):
-    """Runs whose commands differ in seed and name only share a row; rows are named by what is not common to all."""
+    """Runs whose commands differ in seed and name only share a row; rows are named by what is not common to all.
+
+    Of a flag that a row has twice, the last value counts, as it does for the script.
+    """
 
     def trained(flags, seed, test):
         def change(record):
@@ -129,10 +132,10 @@ def test_seeds_side_by_side(run, place):
         return run(f"{flags.strip(' -').replace(' ', '-')}{seed}", change)
 
     runs = [
-        trained("--wdrop 0 ", 2, 132.0),
+        trained("--wdrop 0.5 --wdrop 0 ", 2, 132.0),
         trained("", 1, 99.0),
         trained("", 2, 101.0),
-        trained("--wdrop 0 ", 1, 128.0),
+        trained("--wdrop 0.5 --wdrop 0 ", 1, 128.0),
     ]
     benchmark.main(["table", "small", *map(str, runs), "--differences", "--results", str(place)])
     page = (place / "small.md").read_text(encoding="utf-8")
