@@ -112,8 +112,8 @@ def differences_text(records):
     for setting, runs in settings.items():
         runs.sort(key=lambda record: record["config"]["seed"])
         scores = [[record["results"][split]["perplexity"] for record in runs] for split in ("valid", "test")]
-        last = {flag.split()[0]: flag for flag in setting if flag not in shared}  # what a script takes, of two
-        row = [" ".join(f"`{flag}`" for flag in last.values()) or "nothing"]
+        last = {flag.split()[0]: flag for flag in setting}.values()  # what a script takes, of a flag given twice
+        row = [" ".join(f"`{flag}`" for flag in last if flag not in shared) or "nothing"]
         row += [" ".join(str(record["config"]["seed"]) for record in runs)]
         row += [" ".join(f"{score:.2f}" for score in split) for split in scores]
         row += [" ".join(str(record["results"]["test"]["epoch"]) for record in runs)]
