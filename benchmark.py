@@ -21,7 +21,8 @@ def table(args):
     if args.name is None:
         raise UserError("table: expected the name of a table, got none; --list shows those that are planned")
     trains, measures = (args.name in known and not args.runs for known in (plans.PLANS, plans.MEASURED))
-    asked = {"only": args.only, "budget": args.budget, "seeds": args.seeds > 1, "cuda": args.cuda and not measures}
+    asked = {"only": args.only, "budget": args.budget, "seeds": args.seeds > 1, "cuda-graphs": args.cuda_graphs}
+    asked |= {} if measures else {"cuda": args.cuda, "tf32": args.tf32}
     if any(asked.values()) and not trains:
         flag = next(flag for flag, given in asked.items() if given)
         raise UserError(f"--{flag} is for tables whose rows are trained, without RUN; --list shows them")
@@ -71,6 +72,8 @@ def build_parser():
     command.add_argument("--seeds", type=cli.positive_int, default=1, metavar="N", help="random seeds of each row")
     command.add_argument("--budget", type=cli.positive, metavar="MINUTES", help="most minutes of each training")
     command.add_argument("--cuda", action="store_true", help="train on the GPU")
+    command.add_argument("--tf32", action="store_true", help="its float32 products with 10 bits behind the point")
+    command.add_argument("--cuda-graphs", action="store_true", help="its passes replayed, for rows that have a loop")
     cli.add_runs_dir(command)
     command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where tables and records are")
     command = add(measurements.memory, "peak memory of training steps")

@@ -209,6 +209,20 @@ def test_a_planned_training_that_was_cut_goes_on(planned, place, tmp_path, monke
     assert len(record["resumed_by"]) == 1 and "--resume dense" in record["resumed_by"][0]
 
 
+def test_a_planned_table_trains_on_a_gpu(planned, fails, monkeypatch):
+    """A row's training has the flags of the device, once; replayed passes only where they are asked for."""
+    ran = []
+
+    def call(argv, env):
+        ran.append(argv)
+        return subprocess.CompletedProcess(argv, 2)
+
+    monkeypatch.setattr(planning, "subprocess", Namespace(run=call))
+    for flags in ([], ["--cuda"], ["--cuda", "--tf32", "--cuda-graphs"]):
+        assert "dense ended" in fails(lambda flags=flags: planned("--only", "dense", *flags))
+        assert [each for each in ran.pop() if each in ("--cuda", "--tf32", "--cuda-graphs")] == flags
+
+
 def test_what_a_planned_table_refuses(planned, fails, monkeypatch):
     """Rows that there are not; a table without a name; a script that fails."""
     assert "dense, longer, at-once-50" in fails(lambda: planned("--only", "sparse"))
@@ -216,6 +230,7 @@ def test_what_a_planned_table_refuses(planned, fails, monkeypatch):
     assert "--budget is for tables" in fails(benchmark.main, "table", "other", "--budget", "3")
     assert "--seeds is for tables" in fails(benchmark.main, "table", "small", "RUN", "--seeds", "2")
     assert "--only is for tables" in fails(benchmark.main, "table", "rmc-speed", "--only", "RMC")
+    assert "--cuda-graphs is for tables" in fails(benchmark.main, "table", "rmc-speed", "--cuda", "--cuda-graphs")
     failing = Namespace(run=lambda argv, env: subprocess.CompletedProcess(argv, 2))
     monkeypatch.setattr(planning, "subprocess", failing)
     assert "dense ended with exit code 2" in fails(lambda: planned("--only", "dense"))

@@ -30,8 +30,8 @@ DONE = ("finished", "max-minutes")
 def make(args):
     """Run what rows of the table args.name are missing, each kept as it ends; the page is rendered after each.
 
-    args: name, only (rows), seeds (how many each), budget (minutes of each training, or None), cuda, runs_dir, results,
-    differences (for render).
+    args: name, only (rows), seeds (how many each), budget (minutes of each training, or None), cuda, tf32, cuda_graphs,
+    runs_dir, results, differences (for render).
     Raises UserError for rows that there are not, and when a script fails.
     """
     if args.name in MEASURED:
@@ -58,7 +58,7 @@ def measure(args):
         name = command[command.index("--record") + 1]
         if not list(args.results.glob(f"*/{name}.json")):
             places = [] if args.results.resolve() == RESULTS else ["--results", str(args.results)]
-            _call(["benchmark.py", *command, *places, *(["--cuda"] if args.cuda else [])], name)
+            _call(["benchmark.py", *command, *places, *_device(args)], name)
         (path,) = args.results.glob(f"*/{name}.json")
         report.say(f"| {name} in {path.parent}.md")
 
@@ -99,11 +99,16 @@ def _argv(command, runs, name, number, args):
             shutil.rmtree(folder, ignore_errors=True)  # cut before its first checkpoint
             flags += [*place, "--name", name, "--checkpoint-every", EVERY]
             flags += ["--seed", str(1111 + number)] if number else []
-            flags += ["--cuda"] if args.cuda else []
+            flags += [*_device(args), *(["--cuda-graphs"] if args.cuda_graphs else [])]
         flags += ["--max-minutes", f"{args.budget:g}"] if args.budget else []
     elif script == "evaluate.py":
-        flags += ["--record", str(runs / f"{name}.json"), *(["--cuda"] if args.cuda else [])]
+        flags += ["--record", str(runs / f"{name}.json"), *_device(args)]
     return [script, *flags]
+
+
+def _device(args):
+    """Where a script computes, as its flags say it."""
+    return [flag for flag, given in (("--cuda", args.cuda), ("--tf32", args.tf32)) if given]
 
 
 def _call(argv, name):
