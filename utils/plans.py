@@ -193,13 +193,6 @@ PLANS = {
         *adapted("awd-fast-narrow", (53.9, 52.8), (51.6, 51.1)),
         trained("awd-fast-less", "train_awd.py --recipe fast", 60.7, 58.8),
         *adapted("awd-fast-less", (53.9, 52.8), (51.6, 51.1)),
-        trained(
-            "awd-fast-wide-words",
-            f"train_awd.py --recipe fast --emsize 640 --nhid 640 --nlayers 2 {dropped(DROPOUTS)} --epochs 70",
-            60.7,
-            58.8,
-        ),
-        *adapted("awd-fast-wide-words", (53.9, 52.8), (51.6, 51.1)),
     ),
     "awd": (  # salesforce/awd-lstm-lm; dynamic evaluation: Krause et al. 2018, of models of their own
         *awd(
