@@ -172,6 +172,7 @@ PLANS = {
         tried("narrow-in-order", DROPOUTS, "--wdrop-units", **NARROW),
         tried("narrow-equal-windows", DROPOUTS, f"{UNITS} --no-variable-bptt", **NARROW),
         tried("narrow-decay", DROPOUTS, f"{UNITS} --wdecay 1.2e-5", **NARROW),
+        tried("narrow-float32", DROPOUTS, f"{UNITS} --amp off", **NARROW),
     ),
     "awd-search-half": (
         tried("narrow", DROPOUTS, UNITS, **NARROW_HALF),
