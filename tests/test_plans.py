@@ -215,7 +215,8 @@ def test_the_readme_has_the_best_of_our_recipes(planned, place, monkeypatch):
     record = report.read_record(place / "small" / "dense.json")
     found = {"plain": 30.0, "first-fast": 29.0, "second-fast": 28.0, "third-fast": 27.0, "other-fast": 31.0}
     for name, perplexity in found.items():
-        record["results"]["test"]["perplexity"] = perplexity
+        record["results"]["valid"]["perplexity"] = perplexity
+        record["results"]["test"]["perplexity"] = 100 - perplexity  # chosen by valid, never by test
         report.write_record(place / "small" / f"{name}.json", record)
     small = tuple(rows.trained(name, "", test=5.0 if name == "other-fast" else 21.5) for name in found)
     monkeypatch.setattr(planning, "PLANS", {"small": small})
