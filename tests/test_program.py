@@ -1,11 +1,12 @@
 """How a script ends: one line for what the user can mend, a traceback for a bug."""
 
 import errno
+import functools
 
 import pytest
 import torch
 
-from utils import TrainingError, UserError, program
+from utils import TrainingError, UserError, program, report
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,17 @@ def test_bugs_keep_their_traceback(bug):
 
     with pytest.raises(type(bug)):
         program.run(main)
+
+
+def test_records_name_the_commit_that_a_script_began_with(monkeypatch):
+    """A checkout may be updated while a script runs: what is looked up at its end is what it began with."""
+    checkout, named = ["first"], []
+
+    def main():
+        checkout[0] = "second"
+        named.append(report.environment(torch.device("cpu"), "off")["commit"])
+
+    monkeypatch.setattr(program.signal, "signal", lambda *given: None)  # Ctrl-C still stops these tests
+    monkeypatch.setattr(report, "git_commit", functools.cache(lambda: checkout[0]))
+    program.run(main)
+    assert named == ["first"]

@@ -294,31 +294,43 @@ def git(folder, *args):
     return subprocess.run(["git", "-C", folder, *author, *args], capture_output=True, text=True, check=True).stdout
 
 
-def test_commit_of_a_checkout_with_its_changes(tmp_path, monkeypatch):
+@pytest.fixture
+def look():
+    """look(): the commit, by a process that begins."""
+
+    def call():
+        report.git_commit.cache_clear()
+        return report.git_commit()
+
+    yield call
+    report.git_commit.cache_clear()
+
+
+def test_commit_of_a_checkout_with_its_changes(tmp_path, monkeypatch, look):
     """The commit's name; "-dirty" for a changed file, not for an untracked one."""
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     git(tmp_path, "init", "--quiet")
-    assert report.git_commit() is None
+    assert look() is None
     (tmp_path / "report.py").write_text("first")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "-m", "first")
     commit = git(tmp_path, "rev-parse", "HEAD").strip()
     (tmp_path / "untracked").write_text("text")
-    assert len(commit) == 40 and report.git_commit() == commit
+    assert len(commit) == 40 and look() == commit
     (tmp_path / "report.py").write_text("second")
-    assert report.git_commit() == f"{commit}-dirty"
+    assert look() == f"{commit}-dirty"
 
 
-def test_no_commit_outside_git_and_without_git(tmp_path, monkeypatch):
+def test_no_commit_outside_git_and_without_git(tmp_path, monkeypatch, look):
     """None, no exception."""
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert report.git_commit() is None
+    assert look() is None
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "commit", "--quiet", "--allow-empty", "-m", "first")
-    assert report.git_commit()
+    assert look()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert report.git_commit() is None
+    assert look() is None
 
 
 def test_command_can_be_typed_again(monkeypatch):

@@ -16,7 +16,7 @@ import train_rnn
 from data import Corpus
 from data.batching import columns
 from models import build, compiled
-from utils import UserError, checkpoint, report, runtime, trainer
+from utils import UserError, checkpoint, runtime, trainer
 from utils.evaluation import Score, evaluate
 
 
@@ -388,13 +388,6 @@ def test_the_record_holds_what_a_table_needs(train, tmp_path, tiny_corpus):
     assert [epoch["batches"] for epoch in epochs] == [91, 91]
     assert epochs[1]["train_ppl"] < epochs[0]["train_ppl"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_record_names_the_commit_that_training_began_with(train, monkeypatch):
-    """A checkout may be updated while a run lasts: each look at it finds another commit, the first counts."""
-    commits = iter("abcdefgh")
-    monkeypatch.setattr(report, "git_commit", lambda: next(commits))
-    assert train("--epochs", "2")["environment"]["commit"] == "a"
 
 
 def test_training_loss_is_weighted_by_targets(train, tmp_path, tiny_corpus):

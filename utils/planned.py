@@ -144,7 +144,8 @@ def render(name, results, added=None, differences=False):
     found = {path.stem: report.read_record(path) for path in sorted(folder.glob("*.json"))} | (added or {})
     records = {stem: record for stem, record in found.items() if record["kind"] in KINDS}
     if not records:
-        raise UserError(f"{folder} holds no run records: name run folders, python benchmark.py table {name} RUN")
+        planned = ", ".join([*MEASURED, *PLANS])
+        raise UserError(f"{folder} has no run records; name run folders after {name}, or a planned table: {planned}")
     rows, others = [], dict(records)
     for row in PLANS.get(name, ()):
         own = _own(row, records)

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import functools
 import json
 import math
 import os
@@ -165,8 +166,12 @@ def environment(device, amp):
     }
 
 
+@functools.cache
 def git_commit():
-    """The commit of this code, with "-dirty" for uncommitted changes; None outside a git checkout."""
+    """The commit of this code, with "-dirty" for uncommitted changes; None outside a git checkout.
+
+    That of the first call counts to the end of the process: a checkout may change while something runs.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)

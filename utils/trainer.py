@@ -89,7 +89,6 @@ class Trainer:
         self.history = self.shown = {"epochs": [], "points": []}
         self.best = None
         self.status, self.commands = "running", [report.command(args.argv)]
-        self.environment = report.environment(self.device, args.amp)  # now: a checkout may change while this trains
         limit = 2 * args.eval_batch * args.bptt + 1 if args.dry_run else None
         self.valid, self.test = corpus.valid[:limit], corpus.test[:limit]
 
@@ -341,7 +340,7 @@ class Trainer:
             "config": flags,
             "model": {**self.config, "parameters": self.model.num_params(), "pruned": self.pruning.count()},
             "corpus": report.corpus_record(self.corpus),
-            "environment": self.environment,
+            "environment": report.environment(self.device, self.args.amp),
             "epochs": len(epochs),
             "minutes": self.seconds / 60,
             "ms_per_batch": _median(epochs, "ms_per_batch"),
