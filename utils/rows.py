@@ -90,7 +90,7 @@ def search(emsize, heads, layers, key, output, slots, test=None, corpus="--data 
 
 def part(*arguments):
     """A Row of the search on a part of Penn Treebank, as many updates of each."""
-    return search(*arguments, corpus="--data penn --train-tokens 100000 --batch-size 20 --bptt 35 --epochs 20")
+    return search(*arguments, corpus="--data penn --train-tokens 100000 --batch-size 20 --bptt 35 --epochs 12")
 
 
 def awd(name, first, second, adaptations, published):
