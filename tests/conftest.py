@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,12 @@ import generate
 import train_rnn
 from data import sentences
 from models import compiled
-from utils import checkpoint, program
+from utils import checkpoint, program, report
 
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and hand that on
 
 
 @pytest.fixture
@@ -166,6 +168,18 @@ class InProcess:
 
     def end(self):
         pass
+
+
+@pytest.fixture
+def curves():
+    """A test that asks for this draws the curves of its trainings; see no_curves."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """A training draws its curves after every epoch, which is half of the time of one as small as these: not here."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(report, "draw_curves", lambda path, history, title: Path(path).touch())
 
 
 @pytest.fixture

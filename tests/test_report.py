@@ -182,7 +182,7 @@ HISTORIES = {
 
 
 @pytest.mark.parametrize("name", HISTORIES)
-def test_curves_are_a_picture(tmp_path, figures, name):
+def test_curves_are_a_picture(tmp_path, figures, curves, name):
     """A PNG of 840 by 660 in colours, all that is finite inside the frame, whatever the run came to."""
     epochs, points = HISTORIES[name]["epochs"], HISTORIES[name]["points"]
     report.draw_curves(tmp_path / "curves.png", HISTORIES[name], "a run")
@@ -201,7 +201,7 @@ def test_curves_are_a_picture(tmp_path, figures, name):
     assert [text.get_text() for text in figures[0].axes[0].texts] == ([f"{best:.2f}"] if best < math.inf else [])
 
 
-def test_curves_show_the_history(tmp_path, figures):
+def test_curves_show_the_history(tmp_path, figures, curves):
     """A partial epoch ends where its part does; log lines and their rates are where they were written."""
     epochs = [epoch_entry(1, 95.0, 85.0), epoch_entry(2, 90.0, 70.0), epoch_entry(3, 80.0, 75.0, True, 0.25)]
     points = [(0.5, 99.0, 20.0), (1.5, 92.0, 10.0), (2.25, 81.0, 5.0)]

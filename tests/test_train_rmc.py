@@ -65,7 +65,7 @@ def test_every_model_flag_changes_the_model():
 def test_train_resume_evaluate_generate(flags, tiny_corpus, tmp_path, monkeypatch, capsys):
     """The perplexity falls; a resumed run equals a whole one; the checkpoint is scored and generates."""
     monkeypatch.chdir(tmp_path)
-    common = ["--data", str(tiny_corpus), *SMALL, *flags, "--lr", "0.01"]
+    common = ["--data", str(tiny_corpus), *SMALL, *flags, "--lr", "0.01", "--train-tokens", "4000"]
     live(train_rmc, common, tiny_corpus, capsys)
 
 

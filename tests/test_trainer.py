@@ -137,22 +137,22 @@ def train_and_die(train, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("batches", [23, 36 + 17], ids=["in the first epoch", "in the second"])
-def test_resume_equals_an_uninterrupted_run(flags, batches, train, train_and_die, tmp_path):
-    """A run that dies between two checkpoints and goes on ends bit for bit like one that never stopped."""
+def test_resume_equals_an_uninterrupted_run(flags, train, train_and_die, tmp_path):
+    """A run that dies between two checkpoints, in the first epoch or the second, ends as if it had not, bit for bit."""
     flags = [*flags, "--checkpoint-every", "10", "--epochs", "3", "--plateau-patience", "0", "--train-tokens", "3200"]
-    train(*flags, "--name", "whole")
-    train_and_die(batches, *flags, "--name", "cut")
-    assert last(tmp_path, "cut")["position"]["batch"] == batches % 36 // 10 * 10
-    torch.manual_seed(99)
-    record = train(*flags, "--resume", "cut")
-    assert record["status"] == "finished" and record["epochs"] == 3
-    assert_same(what_training_knows(last(tmp_path, "cut")), what_training_knows(last(tmp_path, "whole")))
+    whole = train(*flags, "--name", "whole")
     runs = tmp_path / "runs"
-    for log in ("train_log.txt", "test_log.txt"):
-        assert numbers(runs / "cut" / log) == numbers(runs / "whole" / log)
-    whole = json.loads((runs / "whole" / "run.json").read_text())
-    assert record["results"] == whole["results"]
+    for batches in (23, 36 + 17):
+        cut = f"cut-{batches}"
+        train_and_die(batches, *flags, "--name", cut)
+        assert last(tmp_path, cut)["position"]["batch"] == batches % 36 // 10 * 10
+        torch.manual_seed(99)
+        record = train(*flags, "--resume", cut)
+        assert record["status"] == "finished" and record["epochs"] == 3
+        assert_same(what_training_knows(last(tmp_path, cut)), what_training_knows(last(tmp_path, "whole")))
+        for log in ("train_log.txt", "test_log.txt"):
+            assert numbers(runs / cut / log) == numbers(runs / "whole" / log)
+        assert record["results"] == whole["results"]
 
 
 def switch(lines):
@@ -160,23 +160,24 @@ def switch(lines):
     return next(number for number, line in enumerate(lines) if "Switching to ASGD" in line)
 
 
-@pytest.mark.parametrize("batches", [40, 130, 210], ids=["before", "about", "after the switch"])
-def test_resume_across_the_switch_to_averaging(batches, train, train_and_die, tmp_path):
-    """NT-ASGD with windows of variable length: dead and resumed before and after it, the run ends as if it had not."""
+def test_resume_across_the_switch_to_averaging(train, train_and_die, tmp_path):
+    """NT-ASGD, windows of variable length: dead and resumed before, about and after it, a run ends as if it had not."""
     flags = ["--optimizer=ntasgd", "--lr=200", "--clip=0.25", "--nonmono=1", "--variable-bptt", "--bptt-max=17"]
     flags += ["--epochs=6", "--checkpoint-every=7"]
     train(*flags, "--name", "whole")
-    train_and_die(batches, *flags, "--name", "cut")
-    train("--resume", "cut", "--epochs=6")
-    assert_same(what_training_knows(last(tmp_path, "cut")), what_training_knows(last(tmp_path, "whole")))
-    logs = [numbers(tmp_path / "runs" / name / "train_log.txt") for name in ("cut", "whole")]
-    assert logs[0] == logs[1]
-    text = (tmp_path / "runs" / "cut" / "train_log.txt").read_text()
+    for batches in (40, 130, 210):
+        cut = f"cut-{batches}"
+        train_and_die(batches, *flags, "--name", cut)
+        train("--resume", cut, "--epochs=6")
+        assert_same(what_training_knows(last(tmp_path, cut)), what_training_knows(last(tmp_path, "whole")))
+        logs = [numbers(tmp_path / "runs" / name / "train_log.txt") for name in (cut, "whole")]
+        assert logs[0] == logs[1]
+    text = (tmp_path / "runs" / cut / "train_log.txt").read_text()
     epochs = [line for line in text.splitlines() if "| end of" in line or "Switching" in line]
     at = switch(epochs)
     assert all("weights raw" in line for line in epochs[:at]) and len(epochs) > at + 1
     assert all("weights averaged" in line for line in epochs[at + 1 :])
-    history = last(tmp_path, "cut")["history"]["epochs"]
+    history = last(tmp_path, cut)["history"]["epochs"]
     assert [epoch["averaged"] for epoch in history] == [number >= at for number in range(6)]
 
 
@@ -363,7 +364,7 @@ def test_max_minutes_stops_saves_and_evaluates(train, tmp_path):
     assert_same(dict(ours["weights"]), dict(whole["weights"]))
 
 
-def test_the_record_holds_what_a_table_needs(train, tmp_path, tiny_corpus):
+def test_the_record_holds_what_a_table_needs(train, tmp_path, tiny_corpus, curves):
     """run.json, metrics.csv and curves.png agree with each other."""
     train("--name", "run", "--lr", "0.02")
     folder = tmp_path / "runs" / "run"
