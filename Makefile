@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 .PHONY: demo test lint clean
 
 demo: $(STAMP)
-	$(BIN)/python train_rmc.py --data pydocs --emsize 128 --headsize 64 --batch-size 20 --bptt 35 --lr 0.002 --dropout 0.2 --epochs 3
+	$(BIN)/python train_rmc.py --data pydocs --emsize 128 --headsize 64 --batch-size 40 --bptt 35 --lr 0.006 --schedule onecycle --dropout 0.2 --epochs 3
 	$(BIN)/python generate.py --words 200 --temperature 0.8 --no-unk --outf -
 
 test: $(STAMP)
