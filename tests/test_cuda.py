@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -452,6 +453,16 @@ def test_the_doctor(monkeypatch, capsys, gpu):
     doctor.self_test(torch.device("cpu"))
     errors = [float(error) for error in re.findall(r"([\d.e-]+) off the reference", capsys.readouterr().out)]
     assert len(errors) == 3 and errors[0] < 1e-6 and errors[1] < 1e-14 and 1e-4 < errors[2] < 2e-2
+
+
+def test_ctrl_c_ends_the_doctor_with_one_line():
+    """What the compiler has not begun with is not waited for."""
+    call = [sys.executable, "-u", "-m", "models.forget_mult.doctor"]
+    process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any("NVRTC" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (130, "doctor: interrupted\n") and "no GPU" not in out
 
 
 def test_the_check_for_a_gpu_asks_what_there_is(tmp_path):

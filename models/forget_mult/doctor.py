@@ -1,5 +1,6 @@
 """python -m models.forget_mult.doctor: what the CUDA kernels need, whether it is there, whether they compute right."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -45,9 +46,12 @@ def compiles():
         except Exception as error:  # pynvrtc's, whose text is the log
             return f"sm_{architecture}: {error}"
 
-    with ThreadPoolExecutor() as pool:  # one takes some five seconds
+    pool = ThreadPoolExecutor()  # one takes some five seconds
+    try:
         for line in pool.map(compiled, nvrtc.architectures(path)):
-            print(line)
+            print(line, flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for those that have begun, no longer
 
 
 def self_test(device):
@@ -88,4 +92,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("doctor: interrupted", file=sys.stderr)
+        sys.exit(130)
