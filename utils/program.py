@@ -21,8 +21,8 @@ LOST_PROCESS = re.compile("gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 def run(main):
     """Call a script's main; what the user did wrong ends with one line and exit code 2, bugs keep their traceback."""
     prog = os.path.basename(sys.argv[0])
-    report.git_commit()  # of the code that was loaded, whatever is checked out by the end
     try:
+        report.git_commit()  # of the code that was loaded, whatever is checked out by the end
         main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written: a late Ctrl-C would only show torch's clean-up
     except (UserError, CorpusError, ModelError) as error:
