@@ -46,12 +46,9 @@ def compiles():
         except Exception as error:  # pynvrtc's, whose text is the log
             return f"sm_{architecture}: {error}"
 
-    pool = ThreadPoolExecutor()  # one takes some five seconds
-    try:
+    with ThreadPoolExecutor() as pool:  # one takes some five seconds
         for line in pool.map(compiled, nvrtc.architectures(path)):
-            print(line, flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for those that have begun, no longer
+            print(line)
 
 
 def self_test(device):
