@@ -13,7 +13,7 @@ import compress
 import evaluate
 import generate
 import train_rnn
-from utils import checkpoint, quantization
+from utils import UserError, checkpoint, quantization
 from utils.summary import KINDS, summary_text
 
 
@@ -133,6 +133,21 @@ def test_start_from_is_the_run_it_names(train, fails, tmp_path):
     assert "exclude each other" in fails(
         train_rnn.main, *common, "--start-from=dense", "--finetune=dense", "--optimizer=ntasgd"
     )
+
+
+def test_start_from_another_kind_of_model(train, tmp_path):
+    """Weights of the same shapes that mean something else: untied and pruned ones for a tied model, another cell's."""
+    train("--name=untied", "--no-tied", "--epochs=1", "--sparsity=0.5", "--prune-epochs=0:1:1")
+    train("--name=tanh", "--model=RNN_TANH", "--epochs=1")
+    for flags, says in (
+        (["--start-from=untied"], "does not fit: its --tied is False, here it is True"),
+        (["--start-from=tanh", "--model=RNN_RELU"], "its --model is RNN_TANH, here it is RNN_RELU"),
+    ):
+        with pytest.raises(UserError, match=says):
+            train("--name=next", *flags)
+    assert not (tmp_path / "runs" / "next").exists()
+    train("--name=next", "--start-from=untied", "--no-tied", "--dropout=0.3", "--epochs=1")
+    assert train("--resume=next", "--start-from=untied", "--no-tied", "--epochs=2")["epochs"] == 2
 
 
 def test_structured(tiny_checkpoint, tmp_path, capsys):

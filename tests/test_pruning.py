@@ -1,5 +1,7 @@
 """Pruning: criteria against sorting, schedules against their equations, masks through training, resume, averaging."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +186,9 @@ def test_a_tied_matrix_by_either_name():
         (AGP.replace("instance_name: cells", "instance_name: cell"), ["cell"]),
         (AGP.replace("ending_epoch: 20", "ending_epoch: 2"), ["from epoch 2 to 2"]),
         (AGP.replace("frequency: 1", "frequency: 0"), ["every 0"]),
+        (AGP.replace("final_sparsity: 0.7", "final_sparsity: 70"), ["final_sparsity: 70, expected 0 to 1"]),
+        (AGP.replace("final_sparsity: 0.7", "final_sparsity: high"), ["final_sparsity: high, expected numbers"]),
+        (re.sub(r"weights: \[.*?\]", "weights: all", AGP), ["weights: all, expected a list"]),
         ("a: [", ["not understood"]),
         ("", ["not understood"]),
         ("pruners: {a: !!python/object/apply:os.system [true]}", ["not understood", "python/object"]),
@@ -225,6 +230,25 @@ def test_what_is_pruned_stays_zero(flags, train, tmp_path, monkeypatch):
         assert all((saved["weights"][name][~mask] == 0).all() for name, mask in masks.items())
     assert saved["best"]["epoch"] >= 3 and record["results"]["test"]["epoch"] >= 3
     assert "| pruned embedding.weight core.rnn.weight_ih_l0" in (tmp_path / "runs/pruned/train_log.txt").read_text()
+
+
+def test_a_schedule_that_is_none_leaves_the_name_free(train, tmp_path):
+    """It is found before there is a run folder."""
+    file = tmp_path / "schedule.yaml"
+    file.write_text(AGP.replace("rnn.weight_*", "gru.*"))
+    for text in (AGP.replace("rnn.weight_*", "gru.*"), AGP.replace("0.7", "70")):
+        file.write_text(text)
+        with pytest.raises(UserError):
+            train("--name=run", "--compress", str(file))
+        assert not (tmp_path / "runs").exists()
+
+
+def test_fewer_epochs_than_were_begun(train, tmp_path):
+    """Resumed to end before the epoch in which pruning made all before it no best any more: best.pt is scored."""
+    train("--name=run", "--epochs=2")
+    path = tmp_path / "runs" / "run" / "last.pt"
+    checkpoint.save(path, {**checkpoint.load(path), "best": None, "whole": None})
+    assert train("--resume=run", "--epochs=1")["results"]["test"]["epoch"] == 2
 
 
 def test_a_resumed_run_needs_no_schedule_file(train, tmp_path):

@@ -222,6 +222,9 @@ def test_a_taken_name_is_refused(tmp_path):
     folder = RunFolder.create(tmp_path / "deep" / "runs", "mine")
     (folder.path / "run.json").write_text("{}")
     assert folder.path == tmp_path / "deep" / "runs" / "mine"
+    with pytest.raises(UserError, match=r"^[^\n]*mine is taken: choose another --name$"):
+        RunFolder.create(tmp_path / "deep" / "runs", "mine")
+    folder.last.touch()
     with pytest.raises(UserError, match=r"^[^\n]*mine is taken[^\n]*--resume mine$"):
         RunFolder.create(tmp_path / "deep" / "runs", "mine")
     assert (folder.path / "run.json").read_text() == "{}"

@@ -34,6 +34,13 @@ def test_recipes():
     assert model.num_params() == 17_729_040
 
 
+@pytest.mark.parametrize(("flags", "schedule"), [("--schedule plateau", "plateau"), ("--when 5", "when"), ("", "step")])
+def test_another_schedule_than_the_recipes(flags, schedule):
+    """The recipe's decay goes with the recipe's schedule."""
+    args = parse(*flags.split())
+    assert args.schedule == schedule and args.decay == (0.95 if schedule == "step" else 1)
+
+
 CHANGES = {
     "emsize": 13, "nhid": 7, "nlayers": 3, "window": 3, "zoneout": 0.25, "mode": "ifo", "candidate": "sigmoid",
     "backend": "scan", "dropout": 0.125,

@@ -160,7 +160,10 @@ def test_flags_of_another_kind_of_model(fails, tiny_corpus, flags, says):
 
 
 WIDE = {
-    train_rnn: ("--recipe example", "--no-tied", "--model GRU", "--model Transformer --nhead 3", "--adaptivesoftmax"),
+    train_rnn: (
+        *("--recipe example", "--no-tied", "--model GRU", "--adaptivesoftmax"),
+        *("--model Transformer", "--model Transformer --nhead 3"),
+    ),
     train_rmc: ("", "--variant port --memslots 2"),
     train_qrnn: ("--emsize 320",),
     train_awd: ("", "--model QRNN"),
@@ -265,6 +268,8 @@ def test_impossible_numbers_end_with_one_line(module, fails):
         (["--vocab-size", "2"], ["--vocab-size"]),
         (["--resume", "nothing"], ["nothing", "last.pt"]),
         (["--save", "/no/such/folder/model.pt"], ["/no/such/folder/model.pt"]),
+        (["--save", "."], ["--save .", "a folder"]),
+        (["--onnx-export", "/no/such/folder/model.onnx"], ["--onnx-export /no/such/folder/model.onnx"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -348,7 +353,7 @@ LONG = [*TINY, "--epochs", "400", "--nhid", "53", "--emsize", "53"]
 
 
 def test_ctrl_c_evaluates_the_best_model_and_the_run_can_go_on(tmp_path, tiny_corpus):
-    """Exit code 0, test perplexity printed, curves and record there; --resume goes on from the very batch."""
+    """Exit code 0, test perplexity printed, curves and record there, and where --resume goes on from."""
     process = background(tmp_path, "--data", tiny_corpus, *LONG, "--name", "long")
     wait_for(process, r"epoch   3 \|    40/")
     process.send_signal(signal.SIGINT)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -362,6 +363,57 @@ def test_max_minutes_stops_saves_and_evaluates(train, tmp_path):
     train("--resume", "short", "--epochs", "2", "--max-minutes", "60")
     ours, whole = (last(tmp_path, name) for name in ("short", "whole"))
     assert_same(dict(ours["weights"]), dict(whole["weights"]))
+
+
+@pytest.mark.parametrize("batches", (40, 91 + 40))
+def test_the_best_in_the_middle_of_an_epoch_does_not_outlive_a_resume(batches, train, tmp_path, monkeypatch):
+    """A run that stops there has it as its best; resumed it ends, best.pt and --save too, as one that never stopped."""
+    score, step, calls = trainer.Trainer.score_valid, trainer.training_step, []
+
+    def low_in_the_middle(self):
+        found = score(self)
+        return replace(found, loss=0.1) if self.batch < self.batches else found
+
+    def pressed(*args):
+        calls.append(1)
+        if len(calls) == batches:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    train("--name=whole", "--lr=0.3", "--epochs=3")
+    whole = checkpoint.load(tmp_path / "model.pt")
+    with monkeypatch.context() as context:
+        context.setattr(trainer.Trainer, "score_valid", low_in_the_middle)
+        context.setattr(trainer, "training_step", pressed)
+        stopped = train("--name=cut", "--lr=0.3", "--epochs=3")
+    folder = tmp_path / "runs" / "cut"
+    assert stopped["status"] == "interrupted" and last(tmp_path, "cut")["position"]["batch"] == 40
+    assert checkpoint.load(folder / "best.pt")["best"]["valid_loss"] == 0.1
+    assert (folder / "best-whole.pt").exists() == (batches > 91)
+    record = train("--resume=cut", "--epochs=3")
+    assert_same(what_training_knows(last(tmp_path, "cut")), what_training_knows(last(tmp_path, "whole")))
+    for path in (folder / "best.pt", tmp_path / "model.pt"):
+        assert_same(what_training_knows(checkpoint.load(path)), what_training_knows(whole), str(path))
+    assert record["results"] == json.loads((tmp_path / "runs" / "whole" / "run.json").read_text())["results"]
+    assert not (folder / "best-whole.pt").exists()
+
+
+def test_what_is_written_into_the_saved_model_leaves_the_run_alone(train, tmp_path):
+    """--save is a file of its own once training is over; best.pt and last.pt may be one."""
+    train("--name=run", "--epochs=1")
+    (tmp_path / "model.pt").write_bytes(b"another program's")
+    assert train("--resume=run", "--epochs=2")["epochs"] == 2
+
+
+def test_columns_of_another_number_of_devices(train, tmp_path):
+    """A run that left columns out, because there were more devices, is not resumed with all of them: one line."""
+    train("--name=run", "--epochs=1")
+    path = tmp_path / "runs" / "run" / "last.pt"
+    saved = checkpoint.load(path)
+    saved["position"]["state"] = tuple(part[:, :6] for part in saved["position"]["state"])
+    checkpoint.save(path, saved)
+    with pytest.raises(UserError, match=r"^--resume run: the run has 6 columns, 7 can be shared[^\n]*$"):
+        train("--resume=run", "--epochs=2")
 
 
 def test_the_record_holds_what_a_table_needs(train, tmp_path, tiny_corpus, curves):

@@ -51,20 +51,30 @@ def save(path, checkpoint):
         torch.save({"format": FORMAT, **checkpoint}, file)
 
 
-def copy(source, path):
-    """Let `path` hold what `source` does, whole, as save; where the file system allows it without writing it again."""
-    link = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+def copy(source, path, link=True):
+    """Let `path` hold what `source` does, whole, as save.
+
+    link: without writing it again where the file system allows it; what writes into the one then changes the other.
+    """
     with _written(path), undisturbed():
-        try:
-            os.link(source, link)
-        except OSError:  # another file system, or one without links
-            with open(source, "rb") as old, atomic_write(path) as file:
-                shutil.copyfileobj(old, file)
+        if link and _linked(source, path):
             return
-        try:
-            os.replace(link, path)
-        finally:
-            link.unlink(missing_ok=True)  # it stays where both are one file already
+        with open(source, "rb") as old, atomic_write(path) as file:
+            shutil.copyfileobj(old, file)
+
+
+def _linked(source, path):
+    """Make path another name of the file source; False where that can't be: another file system, one without links."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        return False
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it stays where both are one file already
+    return True
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from models.softmax import IGNORE
 
 from . import UserError, checkpoint, onnx_export, parsing, report, runtime
 from .distributed import Processes
-from .pruning import chosen_schedule
+from .pruning import Pruning, chosen_schedule
 from .report import RunFolder
 from .summary import summary_text
 from .text import Columns, Sentences
@@ -19,6 +19,9 @@ from .trainer import Trainer
 
 DECISIVE = ("optimizer", "lr", "momentum", "schedule", "clip", "wdecay", "epochs", "batch_size", "bptt", "dropout")
 DECISIVE += ("tied", "init", "seed", "vocab", "vocab_size", "eval_batch", "amp")
+OF_TRAINING = {"dropout", "dropouth", "dropouti", "dropoute", "locked", "wdrop", "wdrop_units", "zoneout"}
+OF_TRAINING |= {"alpha", "beta", "ar_norm", "init", "loop", "backend"}
+"""Of a model's configuration, what decides nothing about the function that trained weights are."""
 
 
 def train(families, parser, recipes, model_config, widths, argv=None):
@@ -64,8 +67,9 @@ def _fit(args, corpus, config, resumed, device, machine):
         pruned = resumed["pruning"]
     else:
         start = args.finetune or args.start_from
-        masks = start_from(args, corpus, model, config["family"]) if start else {}
+        masks = start_from(args, corpus, model, config) if start else {}
         pruned = {"schedule": chosen_schedule(args), "masks": masks}
+    pruning = Pruning(model, source=f"--compress {args.compress}", **pruned)
     if args.summary:
         return report.say(summary_text(model, args.summary))
     processes = Processes(device)
@@ -90,7 +94,7 @@ def _fit(args, corpus, config, resumed, device, machine):
             part.unlink()
     with report.closing_logs(folder):
         processes.draw_apart(args.seed)
-        run = Trainer(args, corpus, config, model, replicas, text, sos, folder, processes, pruned)
+        run = Trainer(args, corpus, config, model, replicas, text, sos, folder, processes, pruning)
         folder.open_logs(resumed and resumed["position"]["log_sizes"])
         if resumed is None:
             folder.log(f"| {report.command(args.argv)}", "train")
@@ -107,25 +111,37 @@ def _fit(args, corpus, config, resumed, device, machine):
         return record
 
 
-def start_from(args, corpus, model, family):
+def start_from(args, corpus, model, config):
     """Give the model the best weights of what --finetune or --start-from names; returns its masks (utils/pruning.py).
 
-    Raises UserError when they are another family's or another corpus's, or do not fit.
+    config: the model's. Raises UserError when they are another model's or another corpus's, or do not fit.
     """
     flag, path = ("--finetune", args.finetune) if args.finetune else ("--start-from", args.start_from)
     trained = checkpoint.load(path)
-    checkpoint.expect_family(trained, path, [family])
+    checkpoint.expect_family(trained, path, [config["family"]])
     if trained["vocabulary"]["words"] != corpus.vocabulary.words:
         raise UserError(f"{flag} {path}: its vocabulary is not that of {args.data}; give its --data")
+    theirs, ours = _of_weights(trained["config"]), _of_weights(config)
+    for name in sorted(ours.keys() & theirs.keys()):
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"{flag} {path} does not fit: its --{name.replace('_', '-')} is {theirs[name]}, here it is {ours[name]}"
+            )
     checkpoint.load_weights(model, trained, path)
     return trained["pruning"]["masks"]
+
+
+def _of_weights(config):
+    """{flag: value} of a model's configuration, of those that decide what its weights are weights of."""
+    flags = {**config["core"], **config}
+    return {name: value for name, value in flags.items() if name not in {"core", *OF_TRAINING}}
 
 
 def check_ends(args, corpus):
     """Find before training what would end it after the first epoch.
 
-    Raises CorpusError for splits that can't be evaluated, UserError for a --save without a folder or an --onnx-export
-    without its package.
+    Raises CorpusError for splits that can't be evaluated, UserError for a --save or --onnx-export that is no place for
+    a file, or the latter without its package.
     """
     if args.sentences:
         for ids in (corpus.valid, corpus.test):
@@ -133,9 +149,14 @@ def check_ends(args, corpus):
     else:
         scored_columns(corpus.valid, args.eval_batch, 0, IGNORE)
         scored_columns(corpus.test, 1, 0, IGNORE)
-    parent = Path(args.save).resolve().parent
-    if not parent.is_dir():
-        raise UserError(f"--save {args.save}: there is no folder {parent}; make it, or choose another place")
+    for flag, path in (("--save", args.save), ("--onnx-export", args.onnx_export)):
+        if path is None:
+            continue
+        parent = Path(path).resolve().parent
+        if not parent.is_dir():
+            raise UserError(f"{flag} {path}: there is no folder {parent}; make it, or choose another place")
+        if Path(path).is_dir():
+            raise UserError(f"{flag} {path}: expected the name of a file, this is a folder")
     if args.onnx_export:
         onnx_export.check_exporter()
 

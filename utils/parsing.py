@@ -57,8 +57,10 @@ def given_flags(parser, argv, args):
 def _settle(parser, given, args, recipe):
     """Settle what one flag means for another: the schedule of --decay and --when, the tying that is not adaptive."""
     if args.schedule is None:
-        asked = "step" if args.decay != 1 else "when" if args.when else None
+        asked = "step" if "decay" in given else "when" if args.when else None
         args.schedule = asked or recipe.get("schedule", "constant")
+    if "decay" not in given and args.schedule != "step":
+        args.decay = 1.0  # the recipe's goes with the recipe's schedule
     if args.decay != 1 and args.schedule != "step":
         parser.error(f"--decay goes with --schedule step, got --schedule {args.schedule}")
     if (args.when is not None) != (args.schedule == "when"):
@@ -67,12 +69,12 @@ def _settle(parser, given, args, recipe):
         parser.error(f"--betas {args.betas[0]:g}: onecycle moves it by 0.05 both ways, give one of 0.05 to below 0.95")
     if args.finetune and args.start_from:
         parser.error("--finetune and --start-from exclude each other: both name the weights to start from")
-    if args.start_from and not os.path.isfile(args.start_from):
-        args.start_from = str(find_run("--start-from", args.start_from, args.runs_dir, "best.pt").best)
+    if args.start_from:
+        args.start_from = _start("--start-from", args.start_from, args.runs_dir)
     if args.finetune:
         if args.optimizer != "ntasgd":
             parser.error(f"--finetune averages: it goes with --optimizer ntasgd, got {args.optimizer}")
-        args.finetune = str(find_run("--finetune", args.finetune, args.runs_dir, "best.pt").best)
+        args.finetune = _start("--finetune", args.finetune, args.runs_dir)
         args.bptt_max = args.bptt_max or args.bptt + 10
     if args.sentences and (args.variable_bptt or args.partial_shuffle or args.cuda_graphs or args.compile):
         parser.error(
@@ -104,6 +106,8 @@ def _resumed(parser, given, early, args, families):
     resumed = checkpoint.load(folder.last)
     checkpoint.expect_family(resumed, folder.last, families)
     saved = resumed["args"]
+    for flag in {"start_from", "finetune"} & given.keys():
+        given[flag] = _start(f"--{flag.replace('_', '-')}", given[flag], early.runs_dir)
     free = set(MAY_CHANGE) | set(LOCATORS)
     if saved["schedule"] == "onecycle":
         free.discard("epochs")
@@ -116,6 +120,11 @@ def _resumed(parser, given, early, args, families):
             )
     place = {"name": folder.path.name, "runs_dir": str(folder.path.parent), "resume": early.resume}
     return argparse.Namespace(**{**vars(args), **saved, **given, **place}), resumed
+
+
+def _start(flag, run, runs_dir):
+    """The file of weights to start from: the one named, or the best of a run."""
+    return run if os.path.isfile(run) else str(find_run(flag, run, runs_dir, "best.pt").best)
 
 
 class _Absent:
@@ -151,6 +160,7 @@ def settle_width(args, widths, config):
     They keep their proportions. config: () -> the dictionary for models.build that args describe now.
     Raises UserError where the narrowest model has more.
     """
+    config()  # it may settle what is not given, a Transformer's heads
     sizes = [getattr(args, name) for name in widths]
     multiple = getattr(args, "nhead", None) or 1
 

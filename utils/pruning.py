@@ -156,6 +156,8 @@ PRUNERS = {
         SensitivityPruner,
     )
 }
+FRACTIONS = ("initial_sparsity", "final_sparsity", "levels")
+"""Of their arguments, those that are parts of a whole."""
 
 
 def matches(name, pattern):
@@ -198,6 +200,15 @@ def _pruner(arguments):
     kind = arguments.pop("class")
     if kind not in PRUNERS:
         raise ValueError(f"class {kind}, expected one of {', '.join(PRUNERS)}")
+    for name, value in arguments.items():
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if name == "weights":
+            if not isinstance(value, list):
+                raise ValueError(f"weights: {value}, expected a list of patterns")
+        elif not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{name}: {value}, expected numbers (a decimal point in those with an exponent)")
+        elif name in FRACTIONS and not all(0 <= number <= 1 for number in numbers):
+            raise ValueError(f"{name}: {value}, expected 0 to 1")
     return PRUNERS[kind](**arguments)
 
 

@@ -65,11 +65,14 @@ def rate(lr):
 
 
 class RunFolder:
-    """runs/NAME: run.json, train_log.txt, test_log.txt, metrics.csv, curves.png, best.pt, last.pt."""
+    """runs/NAME: run.json, train_log.txt, test_log.txt, metrics.csv, curves.png, best.pt, last.pt.
+
+    best-whole.pt, after a stop in the middle of an epoch that is the best so far: the best at the end of an epoch.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
-        self.best, self.last = self.path / "best.pt", self.path / "last.pt"
+        self.best, self.last, self.whole = (self.path / f"{name}.pt" for name in ("best", "last", "best-whole"))
         self.logs = {}
 
     @classmethod
@@ -82,7 +85,8 @@ class RunFolder:
         while name is None and path.exists():
             path = path.with_name(path.name + "_")
         if path.exists():
-            raise UserError(f"{path} is taken: choose another --name, or go on with it: --resume {name}")
+            more = f", or go on with it: --resume {name}" if cls(path).last.is_file() else ""
+            raise UserError(f"{path} is taken: choose another --name{more}")
         try:
             path.mkdir(parents=True)
         except OSError as error:
@@ -124,7 +128,7 @@ class RunFolder:
 class NoFolder:
     """Stands in for the run folder in the processes of torchrun that write nothing."""
 
-    best = last = None
+    best = last = whole = None
 
     def open_logs(self, sizes=None):
         """Nothing."""

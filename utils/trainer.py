@@ -1,6 +1,7 @@
 """The training loop, the only one."""
 
 import math
+import os
 import signal
 import time
 from contextlib import contextmanager
@@ -9,9 +10,8 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from . import TrainingError, checkpoint, onnx_export, optim, report, runtime
+from . import TrainingError, UserError, checkpoint, onnx_export, optim, report, runtime
 from .evaluation import Score, detach, evaluate, perplexity
-from .pruning import Pruning
 from .report import RULE
 
 SUMS = ("loss", "count", "epoch_loss", "epoch_count", "bad_step", "bad_norm")
@@ -69,17 +69,19 @@ class Trainer:
     replicas is what takes training steps: the model, or its copies on several GPUs. text: Columns or Sentences of
     utils/text.py; sos: the id that sentences begin with, None for a text that is read on and on.
     epoch counts from 1; batch is the number of windows done in it; state is carried from window to window.
-    pruned: schedule and masks that utils/pruning.py begins with.
+    best: the epoch and score of what best.pt holds, a part of an epoch when training stopped there; whole: of the best
+    at the end of an epoch, which is what a resumed run goes on with.
+    pruning: the model's Pruning.
     """
 
-    def __init__(self, args, corpus, config, model, replicas, text, sos, folder, processes, pruned):
+    def __init__(self, args, corpus, config, model, replicas, text, sos, folder, processes, pruning):
         self.args, self.corpus, self.config = args, corpus, config
         self.processes, self.device = processes, processes.device
         self.model, self.replicas, self.text, self.sos, self.folder = model, replicas, text, sos, folder
         self.optimizer = optim.build_optimizer(args, model.parameters())
         self.schedule = optim.build_schedule(args, self.optimizer)
         self.average = optim.Average(args, model.parameters())
-        self.pruning = Pruning(model, source=f"--compress {args.compress}", **pruned)
+        self.pruning = pruning
         self.clock = runtime.Clock(self.device)
         self.epoch, self.batch, self.seconds = 1, 0, 0.0
         self.batches = text.cut(self.epoch)
@@ -87,7 +89,7 @@ class Trainer:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         self.timing = {"ms": 0.0, "forward_ms": 0.0, "batches": 0}
         self.history = self.shown = {"epochs": [], "points": []}
-        self.best = None
+        self.best = self.whole = None
         self.status, self.commands = "running", [report.command(args.argv)]
         limit = 2 * args.eval_batch * args.bptt + 1 if args.dry_run else None
         self.valid, self.test = corpus.valid[:limit], corpus.test[:limit]
@@ -148,7 +150,7 @@ class Trainer:
         """Let the pruners act that are due before the epoch; what was best with more weights is best no more."""
         acted = self.pruning.start_epoch(self.epoch - 1)
         if acted:
-            self.best = None
+            self.best = self.whole = None
             part = self.pruning.count() / self.model.num_params()
             self.folder.log(f"| pruned {' '.join(acted)} | {part:.2%} of all parameters are 0", "train")
 
@@ -222,7 +224,7 @@ class Trainer:
         return [self.clock.mark()]
 
     def end_epoch(self):
-        """Evaluate, log, save. A part of an epoch is evaluated too, but does not move schedule or position."""
+        """Evaluate, log, save. A part of an epoch is evaluated too, but moves no schedule, position or whole."""
         start = time.monotonic()
         lr = self.optimizer.param_groups[0]["lr"]
         partial = self.status != "running" and self.batch < self.batches
@@ -242,8 +244,11 @@ class Trainer:
         self.folder.log(RULE)
         improved = self.best is None or score.loss < self.best["valid_loss"]
         if improved:
+            if partial and self.whole:
+                self.copy_best(self.folder.whole)
             self.best = {"epoch": self.epoch, "valid_loss": score.loss, "valid_batch": score.batch_size}
         if not partial:
+            self.whole = self.best
             self.history["epochs"].append(entry)
             self.schedule.end_epoch(score.loss)
             change = self.average.end_epoch(score.loss)
@@ -300,7 +305,8 @@ class Trainer:
         """Valid and test perplexity of the best checkpoint at batch size 1, into the logs and the run record."""
         best = checkpoint.load(self.folder.best)
         checkpoint.load_weights(self.model, best, self.folder.best)
-        epoch = self.best["epoch"]
+        checkpoint.copy(self.folder.best, self.args.save, link=False)
+        epoch = best["best"]["epoch"]
         valid, test = (
             evaluate(self.model, ids, 1, self.args.amp, f"best epoch {epoch} {name}, batch 1", self.sos)
             for name, ids in (("valid", self.valid), ("test", self.test))
@@ -388,12 +394,13 @@ class Trainer:
                 },
                 "history": self.history,
                 "best": self.best,
+                "whole": self.whole,
                 "commands": self.commands,
             },
         )
 
     def copy_best(self, path):
-        """Let a file hold what best.pt does: writing a large one takes longer than an epoch on a GPU may."""
+        """Let a file be best.pt's own, too: writing a large one takes longer than an epoch on a GPU may."""
         if self.processes.rank == 0:
             checkpoint.copy(self.folder.best, path)
 
@@ -403,12 +410,21 @@ class Trainer:
         self.schedule.load_state_dict(saved["schedule"])
         self.average.load_state_dict(saved["average"])
         position = saved["position"]
+        width, before = self.text.width * self.processes.size, position["state"][0].shape[1]
+        if self.text.carried and width != before:
+            raise UserError(
+                f"--resume {self.args.resume}: the run has {before} columns, {width} can be shared by what is here; "
+                f"resume it on as many GPUs, or by as many processes, as before"
+            )
         self.epoch, self.batch, self.seconds = position["epoch"], position["batch"], position["seconds"]
         self.state = tuple(self.processes.own_columns(part).to(self.device) for part in position["state"])
         if self.processes.rank == 0:
             self.sums = position["sums"].to(self.device)
         self.batches = self.text.cut(self.epoch)
-        self.timing, self.best = position["timing"], saved["best"]
+        self.timing, self.best = position["timing"], saved.get("whole", saved["best"])
+        self.whole = self.best
+        if self.processes.rank == 0 and self.folder.whole.is_file():
+            os.replace(self.folder.whole, self.folder.best)
         self.history = self.shown = saved["history"]
         self.commands = [*saved.get("commands", ()), *self.commands]
         self.processes.set_rng_states([saved["rng"], *saved.get("rng_others", ())])
