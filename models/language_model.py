@@ -28,13 +28,16 @@ def check_cutoffs(cutoffs, vocab_size):
 def lecun_(model):
     """Start a LanguageModel as Chainer does (LeCun et al. 1998): matrices (N, K) normal with variance 1 / K, biases 0.
 
-    The embedding's variance is 1, unless it is the head's matrix too. What normalizes, and gates' constants, stay.
+    The embedding's variance is 1, unless it is the head's matrix too. What normalizes (of the RMC's port in two
+    dimensions), gates' constants and a split softmax's tombstones stay.
     """
     for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and name != "tail_vectors":
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-            elif name.startswith("bias") and not isinstance(module, nn.LayerNorm):
+            elif name.startswith("bias"):
                 nn.init.zeros_(parameter)
     if not model.tied:
         nn.init.normal_(model.embedding.weight)

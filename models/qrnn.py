@@ -132,6 +132,7 @@ class QRNNLayer(nn.Module):
         backend = self.backend or ("torch" if x.is_cuda and not self.use_cuda else None)
         output, c = pool(gates, c, self.mode, self.candidate, update, keep, self.reverse, backend)
         rest = self.window - 1
+        output = output.to(x.dtype)  # of bfloat16 modules bfloat16; under autocast x is what it was
         return output, c, (padded[:rest] if self.reverse else padded[len(padded) - rest :]).clone()
 
 

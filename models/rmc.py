@@ -60,6 +60,9 @@ class RelationalMemory(nn.Module):
         inputbias=0.0,
         variant="paper",
     ):
+        for value, known in ((variant, VARIANTS), (gatestyle, GATE_STYLES)):
+            if value not in known:
+                raise ValueError(f"expected one of {', '.join(known)}, got {value!r}")
         super().__init__()
         self.memslots, self.headsize, self.numheads, self.numblocks = memslots, headsize, numheads, numblocks
         self.attmlplayers, self.keysize, self.gatestyle = attmlplayers, keysize or headsize, gatestyle
@@ -79,7 +82,7 @@ class RelationalMemory(nn.Module):
         if gatestyle != "none":
             gates = 2 * (features if gatestyle == "unit" else 1)
             self.input_gates, self.memory_gates = nn.Linear(features, gates), nn.Linear(features, gates)
-            bias = torch.tensor([inputbias, forgetbias])
+            bias = torch.tensor([float(inputbias), float(forgetbias)])
             if self.port:
                 self.gate_bias = nn.Parameter(bias)
             else:
@@ -104,6 +107,7 @@ class RelationalMemory(nn.Module):
         """
         x = linear(x, self.input_projector.weight, self.input_projector.bias)
         compiled_walk = self.gatestyle == "unit" and self.numblocks == 1 and compiled.usable(memory, x)
+        compiled_walk &= memory.dtype == self.attention_norm[0].weight.dtype == torch.float32
         # of a single step the memory's projection, too: one product reads the weights once
         rows = torch.cat([x, memory]) if compiled_walk and one_step(x) else x
         memory = memory.transpose(0, 1).contiguous()

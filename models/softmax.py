@@ -1,6 +1,7 @@
 """The heads: from hidden vectors to the distribution over the next word and its loss."""
 
 import itertools
+import warnings
 
 import numba
 import numpy as np
@@ -177,16 +178,22 @@ class AdaptiveSoftmax(nn.Module):
     """Grave et al. 2017: rare words in clusters ("tails"), each behind one entry of a short head softmax.
 
     p(w) = p_head(w) for the words below the first cutoff, p_head(cluster of w) p_cluster(w) for the others; ids must be
-    sorted by frequency. Tail i projects to input_size / 4^(i+1) features first. The weights are those of torch's
-    AdaptiveLogSoftmaxWithLoss; unlike it, the loss takes IGNORE, sums in float32 under bfloat16, and gives every tail
-    a gradient, of zeros where the batch has none of its words. Choosing rows waits for the GPU once a tail.
+    sorted by frequency. Tail i projects to input_size / 4^(i+1) features first, one at least. The weights are those of
+    torch's AdaptiveLogSoftmaxWithLoss, which would leave such a tail none; unlike it, the loss takes IGNORE, sums in
+    float32 under bfloat16, and gives every tail a gradient, of zeros where the batch has none of its words. Choosing
+    rows waits for the GPU once a tail.
 
     cutoffs: increasing ids at which clusters start, above 0 and below vocab_size.
     """
 
     def __init__(self, input_size, vocab_size, cutoffs):
         super().__init__()
-        self.clusters = nn.AdaptiveLogSoftmaxWithLoss(input_size, vocab_size, cutoffs)
+        with warnings.catch_warnings(action="ignore"):  # of tails without features
+            self.clusters = nn.AdaptiveLogSoftmaxWithLoss(input_size, vocab_size, cutoffs)
+        for tail in self.clusters.tail:
+            if tail[0].out_features == 0:
+                words = tail[1].out_features
+                tail[0], tail[1] = nn.Linear(input_size, 1, bias=False), nn.Linear(1, words, bias=False)
 
     def log_probs(self, hidden):
         """(..., H) -> (..., V), natural logarithms, float32 or wider."""

@@ -224,6 +224,8 @@ def test_native(tiny_checkpoint, tmp_path, capsys, fails):
     generate.main(["--checkpoint", output, "--words", "20", "--outf", str(tmp_path / "text")])
     assert "can't learn" in fails(evaluate.main, "--checkpoint", output, "--dynamic")
     assert "compressed already" in fails(compress.main, "prune", "--checkpoint", output, "--sparsity", "0.5")
+    with pytest.raises(UserError, match="leave out --cuda"):
+        checkpoint.load_model(output, torch.device("cuda"))
 
 
 def test_sparsity_table(tiny_checkpoint, tmp_path, capsys):

@@ -294,9 +294,10 @@ def test_lecun_start(tied):
             assert abs(parameter.mean().item()) < 0.02 * std, name
 
 
-def test_lecun_start_leaves_what_normalizes_and_gate_constants():
-    """Of the RMC: layer norms and gate biases are what they are without it."""
-    core = {"emsize": 13, "memslots": 2, "headsize": 5, "numheads": 3}
+@pytest.mark.parametrize("variant", ("paper", "port"))
+def test_lecun_start_leaves_what_normalizes_and_gate_constants(variant):
+    """Of the RMC: layer norms, the port's of two dimensions, and gate biases are what they are without it."""
+    core = {"emsize": 13, "memslots": 2, "headsize": 5, "numheads": 3, "variant": variant}
     models = [
         build({"family": "rmc", "core": core, "vocab_size": 19, "tied": False, "init": init})
         for init in ("uniform", "lecun")

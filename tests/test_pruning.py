@@ -13,7 +13,7 @@ import train_awd
 import train_rnn
 from models import build
 from utils import UserError, checkpoint, trainer
-from utils.pruning import Pruning, Window, level, matches, parse_schedule, threshold
+from utils.pruning import Pruning, Window, at_once, level, matches, parse_schedule, threshold
 
 
 @given(count=st.integers(1, 60), sparsity=st.floats(0, 1, allow_subnormal=False), ties=st.booleans())
@@ -199,6 +199,16 @@ def test_schedules_that_are_none(text, words):
     with pytest.raises(UserError) as error:
         Pruning(model_of(), text or "{}")
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_what_normalizes_is_no_matrix():
+    """The port's layer norms have gains of two dimensions: "*" leaves them alone, a name does not."""
+    core = {"emsize": 11, "memslots": 2, "headsize": 5, "numheads": 3, "variant": "port"}
+    model = build({"family": "rmc", "core": core, "vocab_size": 31, "tied": True})
+    every, one = (Pruning(model, at_once("sparsity", 0.5, [pattern])) for pattern in ("*", "mlp_norm.0.weight"))
+    acted = every.start_epoch(0)
+    assert acted and not any("norm" in name for name in acted)
+    assert one.start_epoch(0) == ["core.memory.mlp_norm.0.weight"]
 
 
 def zeros(path):

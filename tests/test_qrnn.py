@@ -298,6 +298,15 @@ def test_packed_sequences_of_an_lstm_can_be_replaced():
     assert torch.equal(ours.sorted_indices, theirs.sorted_indices)
 
 
+def test_bfloat16_weights():
+    """Two layers converted as nn.LSTM may be: its dtype comes out, near float32."""
+    torch.manual_seed(3)
+    module, x = QRNN(5, 7, 2, window=2).eval(), torch.randn(11, 3, 5)
+    want = module(x)[0]
+    got = module.bfloat16()(x.bfloat16())[0]
+    assert got.dtype == torch.bfloat16 and (got.float() - want).norm() < 0.02 * want.norm()
+
+
 def test_what_is_refused():
     for call, message in (
         (lambda: QRNNLayer(5, window=0), "window of 1"),

@@ -201,8 +201,16 @@ def test_who_is_walked_by_compiled_kernels(monkeypatch):
         return len(calls) > count
 
     assert walked() and walked(variant="port", memslots=2) and walked(torch.no_grad())
-    assert not walked(compiled.torch_only()) and not walked(dtype=torch.float64)
+    assert not walked(compiled.torch_only()) and not walked(dtype=torch.float64) and not walked(dtype=torch.bfloat16)
     assert not walked(numblocks=2) and not walked(gatestyle="memory") and not walked(gatestyle="none")
+
+
+def test_names_that_are_none():
+    """ValueError instead of the paper's form."""
+    for wrong in ({"variant": "Port"}, {"gatestyle": "units"}):
+        with pytest.raises(ValueError, match="expected one of"):
+            RelationalMemory(**(SIZES | wrong))
+    RelationalMemory(**(SIZES | {"variant": "port", "forgetbias": 1, "inputbias": 0}))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -280,6 +280,14 @@ def test_adaptive_equals_torch(vocab_size, cutoffs):
         assert (ours - gradient).norm() <= 1e-12 * gradient.norm(), name
 
 
+def test_adaptive_tails_have_a_feature():
+    """A small model's last clusters, too: else their words would be equally probable for ever."""
+    torch.manual_seed(3)
+    model = AdaptiveSoftmax(11, 53, [7, 13, 19, 29])
+    assert [down.out_features for down, _ in model.clusters.tail] == [2, 1, 1, 1]
+    assert model.log_probs(torch.randn(1, 1, 11))[..., 29:].std() > 1e-3
+
+
 def test_adaptive_does_not_score_ignored_targets_and_gives_unused_tails_a_gradient():
     """Only words of the head occur: the tails' gradients are zeros, not absent."""
     head, _ = adaptive(13, [3, 7])

@@ -143,6 +143,8 @@ def load_model(path, device, families=tuple(CORES)):
         model = build(checkpoint["config"])
     except (TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} describes a model that this version does not know ({error})") from None
+    if checkpoint["config"].get("native") and torch.device(device).type != "cpu":
+        raise UserError(f"{path} has weights of 8 bits for products of a CPU: leave out --cuda")
     load_weights(model, checkpoint, path)
     return model.to(device).eval(), Vocabulary(**checkpoint["vocabulary"]), checkpoint
 

@@ -265,6 +265,8 @@ class Pruning:
         every = self.model.named_parameters(remove_duplicate=False)
         self.names = {name: own[id(parameter)] for name, parameter in every}
         self.parameters = dict(self.model.named_parameters())
+        norms = [name for name, module in self.model.named_modules() if isinstance(module, torch.nn.LayerNorm)]
+        self.norms = {f"{name}.{part}" for name in norms for part in ("weight", "bias")}
         self.masks = {name: mask.to(self.parameters[name].device) for name, mask in self.masks.items()}
         self.chosen = [self._find(pruner) for pruner, _ in self.policies]
 
@@ -273,7 +275,7 @@ class Pruning:
         found = {}
         for pattern in sorted(pruner.weights, key="*".__eq__):
             if pattern == "*":
-                names = [name for name, parameter in self.parameters.items() if parameter.dim() > 1]
+                names = [n for n, parameter in self.parameters.items() if parameter.dim() > 1 and n not in self.norms]
             else:
                 names = [own for name, own in self.names.items() if matches(name, pattern)]
             if not names:
