@@ -61,7 +61,7 @@ def add_quantize(parser):
     add("--clip", choices=CLIPS, default="none", help="of what operations make: what rows reach in the mean, or ACIQ's")
     add(
         "--fp16",
-        type=lambda text: text.split(","),
+        type=lambda text: [name for name in text.split(",") if name],
         default=[],
         metavar="NAME,...",
         help="operations in float16, by parts of their names (encoder, decoder, eltwise), or all",
@@ -165,14 +165,17 @@ def main(argv=None):
     model, _, saved = checkpoint.load_model(args.checkpoint, "cpu")
     if args.command and {"native", "sparse"} & saved["config"].keys():
         raise UserError(f"{args.checkpoint} is compressed already: give the checkpoint that it was made of")
+    again = args.command == "sparse" or getattr(args, "backend", None) == "native"
+    if again and "quantization" in saved["config"]:
+        raise UserError(f"{args.checkpoint} is quantized already: give the checkpoint that it was made of")
     if args.command:
         before = model.num_params()
         commands = {"quantize": quantize, "sparse": sparse, "bf16": bf16, "prune": prune}
         command = prune_units if getattr(args, "structured", False) else commands[args.command]
         smaller = command(args, model, saved)
         kept = {name: saved[name] for name in ("vocabulary", "args", "corpus", "best")}
+        model = checkpoint.built({**kept, **smaller}, args.output).eval()  # first: what can't be built is not written
         checkpoint.save(args.output, {**kept, **smaller})
-        model, _, _ = checkpoint.load_model(args.output, "cpu")
         report.say(f"| parameters {before:,} -> {model.num_params():,} | {args.output}")
     if args.summary:
         report.say(summary_text(model, args.summary))

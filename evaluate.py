@@ -5,7 +5,6 @@ As it was trained, or adapted while it reads: with a cache of recent words (--po
 
 import sys
 import time
-from pathlib import Path
 
 from data import find_corpus
 from data.corpus import encode_file, read_blocks, split_file
@@ -160,6 +159,8 @@ def parse(argv=None):
             parser.error(f"--{name.replace('_', '-')} goes with --dynamic rms, not with sgd")
     if args.eval_batch > 1 and (args.pointer or args.dynamic or args.tune or args.temperature != 1):
         parser.error(f"adaptation reads one column: leave out --eval-batch {args.eval_batch}")
+    if args.text and args.eval_batch > 1:
+        parser.error(f"--text is read in one column: leave out --eval-batch {args.eval_batch}")
     if args.record and args.text:
         parser.error("--record keeps the figures of a corpus: leave it out beside --text")
     if args.tune and args.text:
@@ -177,8 +178,8 @@ def main(argv=None):
     """Parse flags, load the checkpoint, tune, score."""
     args, given = parse(argv)
     start = time.monotonic()
-    if args.record and not Path(args.record).resolve().parent.is_dir():
-        raise UserError(f"--record {args.record}: there is no folder for it; make it, or choose another place")
+    if args.record:
+        report.check_place("--record", args.record)
     device, _ = runtime.setup(args)
     model, vocabulary, saved = checkpoint.load_model(args.checkpoint, device)
     kind = saved["config"]["core"].get("model", saved["config"]["family"])
@@ -186,6 +187,8 @@ def main(argv=None):
         raise UserError(f"{args.checkpoint} holds a model of kind {kind}, not {args.model}: leave out --model")
     if args.dynamic and {"quantization", "native", "sparse"} & saved["config"].keys():
         raise UserError(f"--dynamic: {args.checkpoint} is compressed and can't learn; give the one it was made of")
+    if args.dynamic and saved["pruning"]["masks"]:
+        raise UserError(f"--dynamic: {args.checkpoint} is pruned and what it learns would not stay so; leave it out")
     sos = checkpoint.sentence_start(saved, vocabulary)
     if sos is not None and (args.tune or settings(args)):
         raise UserError(

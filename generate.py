@@ -125,6 +125,8 @@ def main(argv=None):
     if unknown:
         raise UserError(f"--prompt has words that the model does not know: {some(unknown)}; see its training text")
     sos = checkpoint.sentence_start(saved, vocabulary)
+    if sos is not None and EOS in prompt:
+        raise UserError(f"--prompt: {args.checkpoint} was trained on sentences apart: give one that has not ended")
     sentences = None if sos is None else (vocabulary.ids[EOS], sos)
     ids = [vocabulary.ids[word] for word in [EOS if sos is None else SOS, *prompt]]
     banned = [vocabulary.ids[UNK]] if args.no_unk and UNK in vocabulary.ids else []

@@ -16,9 +16,14 @@ def atomic_write(path, mode="wb", **open_options):
     """Open a temporary file beside `path`; on success it is synced to disk and renamed to `path`.
 
     Readers see the old content or the new, never a part. On any error the temporary file is removed and `path`
-    keeps its old content. Several processes may write the same path at once: the last one wins, whole.
+    keeps its old content. Several processes may write the same path at once: the last one wins, whole. A link stays
+    one, and what is no file, /dev/null or a pipe, is written to as it is.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        with open(path, mode, **open_options) as file:
+            yield file
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with open(handle, mode, **open_options) as file:

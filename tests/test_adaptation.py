@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from models import build
-from utils import adaptation, evaluation
+from utils import UserError, adaptation, evaluation
 from utils.adaptation import Learner, attention, cache_shares, gradient_roots, mixed, read, tune
 
 VOCAB, WORDS = 13, 53
@@ -335,6 +335,16 @@ def test_the_walk_comes_out_of_what_diverges():
     args = Namespace(lr=1000.0)
     adaptation._walk("lr", args, lambda: math.inf if args.lr > 3 else abs(math.log(args.lr)))
     assert abs(math.log(args.lr)) <= math.log(adaptation.RATIO)
+
+
+def test_the_walk_ends_where_nothing_is_finite():
+    """No rate at all, or no rate to choose: one line. Pull goes to 1 at most, and is not lowered into infinity."""
+    for name in ("lr", "lamb"):
+        with pytest.raises(UserError, match="not finite"):
+            adaptation._walk(name, Namespace(lr=1.0, lamb=0.1), lambda: math.inf)
+    args = Namespace(lamb=0.3)
+    adaptation._walk("lamb", args, lambda: math.inf if args.lamb < 0.25 else -args.lamb)
+    assert 1 / adaptation.RATIO < args.lamb <= 1
 
 
 def test_a_loss_that_is_none_counts_as_infinite(ids, capsys):

@@ -13,6 +13,7 @@ import compress
 import evaluate
 import generate
 import train_rnn
+from models import ModelError
 from utils import UserError, checkpoint, quantization
 from utils.summary import KINDS, summary_text
 
@@ -224,8 +225,38 @@ def test_native(tiny_checkpoint, tmp_path, capsys, fails):
     generate.main(["--checkpoint", output, "--words", "20", "--outf", str(tmp_path / "text")])
     assert "can't learn" in fails(evaluate.main, "--checkpoint", output, "--dynamic")
     assert "compressed already" in fails(compress.main, "prune", "--checkpoint", output, "--sparsity", "0.5")
+    quantized = str(tmp_path / "quantized.pt")
+    flags = ["--output", quantized, "--tokens", "200", "--fp16", "encoder,"]
+    compress.main(["quantize", "--checkpoint", str(tiny_checkpoint), *flags])
+    assert checkpoint.load(quantized)["config"]["quantization"]["fp16"] == ["encoder"]
+    for again in (["sparse"], ["quantize", "--backend", "native"]):
+        assert "quantized already" in fails(compress.main, *again, "--checkpoint", quantized, "--output", output)
+    assert checkpoint.load(output)["config"]["native"]
     with pytest.raises(UserError, match="leave out --cuda"):
         checkpoint.load_model(output, torch.device("cuda"))
+
+
+def test_what_cannot_be_built_is_not_written(train, tmp_path):
+    """A model with another head is refused before its place is taken, also where that is its own."""
+    train("--adaptivesoftmax", "--epochs=1")
+    model = tmp_path / "model.pt"
+    compress.main(["prune", "--checkpoint", str(model), "--output", str(model), "--sparsity", "0.9"])
+    before = model.read_bytes()
+    with pytest.raises(ModelError):
+        compress.main(["sparse", "--checkpoint", str(model), "--output", str(model)])
+    assert model.read_bytes() == before
+
+
+def test_nothing_left_of_a_matrix(tiny_checkpoint, tmp_path, capsys):
+    """Tables of a sparse model whose matrices are zeros alone; a pruned one is not adapted."""
+    pruned, output = str(tmp_path / "pruned.pt"), str(tmp_path / "sparse.pt")
+    compress.main(["prune", "--checkpoint", str(tiny_checkpoint), "--output", pruned, "--threshold", "100"])
+    compress.main(["sparse", "--checkpoint", pruned, "--output", output])
+    for kind in ("sparsity", "percentile"):
+        compress.main(["--checkpoint", output, "--summary", kind])
+        assert "bias" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is pruned"):
+        evaluate.main(["--checkpoint", pruned, "--dynamic"])
 
 
 def test_sparsity_table(tiny_checkpoint, tmp_path, capsys):

@@ -611,6 +611,21 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, error, old):
     assert {child.name: child.read_bytes() for child in tmp_path.iterdir()} == ({} if old is None else {"file": old})
 
 
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    """What a link points to is replaced; what is no file is written to."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link", "pipe"):
+        with atomic_write(tmp_path / name) as file:
+            file.write(b"content")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "file").read_bytes() == b"content"
+    assert os.read(reader, 99) == b"content" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    assert sorted(child.name for child in tmp_path.rglob("*")) == ["disk", "file", "link", "pipe"]
+
+
 def test_a_failed_rename_leaves_no_temporary_file(tmp_path):
     """A folder is where the file should go."""
     (tmp_path / "taken").mkdir()

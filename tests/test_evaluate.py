@@ -274,7 +274,9 @@ def test_the_record_and_its_table(printed, results, tiny_run, tmp_path):
     ("flags", "words"),
     [
         (["--record", "nowhere/x.json"], ["--record nowhere/x.json", "no folder"]),
+        (["--record", "."], ["--record .", "a folder"]),
         (["--record", "x.json", "--text", "x"], ["--record", "--text"]),
+        (["--text", "x", "--eval-batch", "3"], ["--text", "--eval-batch 3"]),
         (["--theta", "1"], ["--theta goes with --pointer"]),
         (["--pointer-start", "window"], ["--pointer-start goes with --pointer"]),
         (["--lamb", "0.1"], ["--lamb goes with --dynamic"]),

@@ -2,9 +2,13 @@
 
 import errno
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from utils import TrainingError, UserError, program, report
 
@@ -43,6 +47,14 @@ def test_bugs_keep_their_traceback(bug):
 
     with pytest.raises(type(bug)):
         program.run(main)
+
+
+def test_words_that_the_terminal_has_no_letters_for():
+    """They are shown by number: nothing that took hours ends with a traceback when it is printed."""
+    code = "from utils import program; program.run(lambda: print('caf\u00e9'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "caf\\xe9\n"), done.stderr
 
 
 def test_records_name_the_commit_that_a_script_began_with(monkeypatch):

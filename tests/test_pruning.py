@@ -76,17 +76,25 @@ def test_gradual_pruning_is_the_cubic():
     assert subject.count() == sum(int((p == 0).sum()) for n, p in model.named_parameters() if "weight" in n)
 
 
+BAIDU = """
+pruners:
+  cells: {{class: BaiduRNNPruner, q: {q}, ramp_epoch_offset: {ramp}, ramp_slope_mult: 2, weights: [rnn.weight_hh_l0]}}
+policies:
+  - {{pruner: {{instance_name: cells}}, starting_epoch: 4, ending_epoch: 21, frequency: 3}}
+"""
+LEVELS = """
+pruners:
+  cells: {class: SparsityLevelParameterPruner, levels: {}}
+policies:
+  - {pruner: {instance_name: cells}, starting_epoch: 0, ending_epoch: 1, frequency: 1}
+"""
+
+
 @pytest.mark.parametrize("q", [0.11, 0.2])
 def test_baidu_pruning_is_the_ramp(q):
     """The threshold by the paper's algorithm at every epoch, with the published schedule's numbers."""
     model = model_of()
-    text = f"""
-pruners:
-  cells: {{class: BaiduRNNPruner, q: {q}, ramp_epoch_offset: 3, ramp_slope_mult: 2, weights: [rnn.weight_hh_l0]}}
-policies:
-  - {{pruner: {{instance_name: cells}}, starting_epoch: 4, ending_epoch: 21, frequency: 3}}
-"""
-    subject, weight = Pruning(model, text), model.core.rnn.weight_hh_l0
+    subject, weight = Pruning(model, BAIDU.format(q=q, ramp=3)), model.core.rnn.weight_hh_l0
     start_slope = 2 * q * 3 / (2 * 3 + 3 * 14)
     for done in range(4, 21, 3):
         with torch.no_grad():
@@ -189,6 +197,11 @@ def test_a_tied_matrix_by_either_name():
         (AGP.replace("final_sparsity: 0.7", "final_sparsity: 70"), ["final_sparsity: 70, expected 0 to 1"]),
         (AGP.replace("final_sparsity: 0.7", "final_sparsity: high"), ["final_sparsity: high, expected numbers"]),
         (re.sub(r"weights: \[.*?\]", "weights: all", AGP), ["weights: all, expected a list"]),
+        (LEVELS.replace("{}", "0.5"), ["levels: 0.5, expected numbers by pattern"]),
+        (LEVELS.replace("{}", "{0: 0.5}"), ["levels: {0: 0.5}, expected numbers by pattern"]),
+        (LEVELS.replace("{}", "{a: 50}"), ["levels: {'a': 50}, expected 0 to 1"]),
+        (AGP.replace("final_sparsity: 0.7", "final_sparsity: {x: 0.5}"), ["final_sparsity", "expected a number"]),
+        (BAIDU.format(q=0.1, ramp=18), ["ramp_epoch_offset: 18"]),
         ("a: [", ["not understood"]),
         ("", ["not understood"]),
         ("pruners: {a: !!python/object/apply:os.system [true]}", ["not understood", "python/object"]),

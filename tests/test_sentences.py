@@ -18,7 +18,7 @@ from data.batching import padded
 from data.corpus import EOS, SOS
 from models import build
 from models.softmax import IGNORE
-from utils import checkpoint, evaluation
+from utils import UserError, checkpoint, evaluation
 
 TEXT = """ = Robert Boulter =
 
@@ -160,10 +160,13 @@ def test_each_word_of_a_sentence_is_scored_after_sos(tiny_sentences, tmp_path, m
     ids, _ = vocabulary.encode(" ".join(f"{line} {EOS}" for line in lines).split())
     score = evaluation.evaluate(model, ids, 3, sos=vocabulary.ids[SOS])
     assert score.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    (tmp_path / "some.txt").write_text("".join(line.removeprefix(f"{SOS} ") + "\n" for line in lines))
-    capsys.readouterr()
-    evaluate.main(["--text", "some.txt"])
-    assert f"ppl {evaluation.perplexity(score.loss):.2f}" in capsys.readouterr().out.splitlines()[-1]
+    for written in (lines, [line.removeprefix(f"{SOS} ") for line in lines]):
+        (tmp_path / "some.txt").write_text("".join(line + "\n" for line in written))
+        capsys.readouterr()
+        evaluate.main(["--text", "some.txt"])
+        assert f"ppl {evaluation.perplexity(score.loss):.2f}" in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(UserError, match="has not ended"):
+        generate.main(["--prompt", f"the {EOS}", "--words", "3", "--outf", "-"])
 
 
 def test_text_begins_anew_after_each_sentence(tiny_sentences, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from data.batching import columns, window_lengths, windows
 
-from . import evaluation, report, runtime
+from . import UserError, evaluation, report, runtime
 
 STARTS = ("first", "window")
 RULES = ("rms", "sgd")
@@ -22,6 +22,8 @@ LAMBDAS = tuple(number / 50 for number in range(1, 21))
 TEMPERATURES = (0.85, 0.9, 0.93, 0.96, 0.98, 1.0, 1.02, 1.04, 1.07, 1.1, 1.15)
 RATIO = 1.5
 """What --tune tries: all of these for cache and temperature, steps by this ratio for dynamic evaluation."""
+FAR = 1e6
+"""How far below the rate that it begins with --tune looks for one whose loss is finite."""
 
 
 def attention(hidden, theta, window, start="first", begin=0):
@@ -172,11 +174,20 @@ def tune(model, ids, args, given, roots=None):
 
 
 def _walk(name, args, loss):
-    """Leave args.NAME at the value of least loss(), which is finite if it is small enough."""
-    best, least, start = getattr(args, name), loss(), getattr(args, name)
+    """Leave args.NAME at the value of least loss(), from where it stands; a rate, first, where that is finite.
+
+    Raises UserError where it is not.
+    """
+    given, least = getattr(args, name), loss()
+    while least == math.inf and name == "lr" and args.lr > given / FAR:
+        args.lr /= RATIO
+        least = loss()
+    if least == math.inf:
+        raise UserError(f"--tune: the loss is not finite with --lr {args.lr:.3g} --lamb {args.lamb:.3g}: give others")
+    best = start = getattr(args, name)
     for ratio in (1 / RATIO, RATIO):
         setattr(args, name, best * ratio)
-        while (value := loss()) < least or (value == math.inf and ratio < 1):
+        while (name != "lamb" or args.lamb <= 1) and (value := loss()) < least:
             best, least = getattr(args, name), value
             setattr(args, name, best * ratio)
         if best != start:

@@ -56,6 +56,7 @@ def copy(source, path, link=True):
 
     link: without writing it again where the file system allows it; what writes into the one then changes the other.
     """
+    path = Path(path).resolve()
     with _written(path), undisturbed():
         if link and _linked(source, path):
             return
@@ -65,7 +66,9 @@ def copy(source, path, link=True):
 
 def _linked(source, path):
     """Make path another name of the file source; False where that can't be: another file system, one without links."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    if path.exists() and not path.is_file():  # a device, a folder
+        return False
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         os.link(source, temporary)
     except OSError:
@@ -139,14 +142,19 @@ def load_model(path, device, families=tuple(CORES)):
     """
     checkpoint = load(path)
     expect_family(checkpoint, path, families)
+    if checkpoint["config"].get("native") and torch.device(device).type != "cpu":
+        raise UserError(f"{path} has weights of 8 bits for products of a CPU: leave out --cuda")
+    return built(checkpoint, path).to(device).eval(), Vocabulary(**checkpoint["vocabulary"]), checkpoint
+
+
+def built(checkpoint, path):
+    """The model of a checkpoint with its weights. Raises UserError when it is none, path: what an error calls it."""
     try:
         model = build(checkpoint["config"])
     except (TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} describes a model that this version does not know ({error})") from None
-    if checkpoint["config"].get("native") and torch.device(device).type != "cpu":
-        raise UserError(f"{path} has weights of 8 bits for products of a CPU: leave out --cuda")
     load_weights(model, checkpoint, path)
-    return model.to(device).eval(), Vocabulary(**checkpoint["vocabulary"]), checkpoint
+    return model
 
 
 def expect_family(checkpoint, path, families):

@@ -144,10 +144,11 @@ def score_words(vocabulary, lines, read, apart=False):
     """Log probability of every word of a text, each given all words before it; the text starts after an `<eos>`.
 
     lines: lists of words, without `<eos>`; each line is scored with the `<eos>` at its end. read: a function from
-    ids (N,) to the log probability of the N-1 targets. apart: each line is a sentence by itself, after `<sos>`.
+    ids (N,) to the log probability of the N-1 targets. apart: each line is a sentence by itself, after `<sos>`, which
+    it may begin with.
     Returns for each line a list of (word, log probability in nats, whether the vocabulary has the word).
     """
-    lines = [[*line, EOS] for line in lines]
+    lines = [[*(line[1:] if apart and line[:1] == [SOS] else line), EOS] for line in lines]
     texts = [[SOS, *line] for line in lines] if apart else [[EOS, *itertools.chain.from_iterable(lines)]]
     log_probs = itertools.chain.from_iterable(read(vocabulary.encode(text)[0]).tolist() for text in texts)
     return [[(word, next(log_probs), word in vocabulary.ids) for word in line] for line in lines]

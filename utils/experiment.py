@@ -150,13 +150,8 @@ def check_ends(args, corpus):
         scored_columns(corpus.valid, args.eval_batch, 0, IGNORE)
         scored_columns(corpus.test, 1, 0, IGNORE)
     for flag, path in (("--save", args.save), ("--onnx-export", args.onnx_export)):
-        if path is None:
-            continue
-        parent = Path(path).resolve().parent
-        if not parent.is_dir():
-            raise UserError(f"{flag} {path}: there is no folder {parent}; make it, or choose another place")
-        if Path(path).is_dir():
-            raise UserError(f"{flag} {path}: expected the name of a file, this is a folder")
+        if path is not None:
+            report.check_place(flag, path)
     if args.onnx_export:
         onnx_export.check_exporter()
 

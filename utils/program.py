@@ -1,6 +1,7 @@
 """How a script ends: what the user did wrong in one line, bugs with their traceback."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -21,6 +22,9 @@ LOST_PROCESS = re.compile("gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 def run(main):
     """Call a script's main; what the user did wrong ends with one line and exit code 2, bugs keep their traceback."""
     prog = os.path.basename(sys.argv[0])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without a word's letters shows their numbers
+            stream.reconfigure(errors="backslashreplace")
     try:
         report.git_commit()  # of the code that was loaded, whatever is checked out by the end
         main()

@@ -156,8 +156,9 @@ PRUNERS = {
         SensitivityPruner,
     )
 }
+BY_TENSOR = ("levels", "thresholds", "sensitivities")
 FRACTIONS = ("initial_sparsity", "final_sparsity", "levels")
-"""Of their arguments, those that are parts of a whole."""
+"""Of their arguments, those that are a number for each pattern, and those that are parts of a whole."""
 
 
 def matches(name, pattern):
@@ -188,7 +189,10 @@ def parse_schedule(text, source):
         policies = []
         for policy in schedule["policies"]:
             window = Window(policy["starting_epoch"], policy["ending_epoch"], policy["frequency"])
-            policies.append((made[policy["pruner"]["instance_name"]], window))
+            pruner = made[policy["pruner"]["instance_name"]]
+            if getattr(pruner, "ramp_epoch_offset", 0) > window.end - window.start:
+                raise ValueError(f"ramp_epoch_offset: {pruner.ramp_epoch_offset}, expected a ramp within the epochs")
+            policies.append((pruner, window))
     except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{source}: not understood ({reason}); examples are in schedules/") from None
@@ -205,6 +209,8 @@ def _pruner(arguments):
         if name == "weights":
             if not isinstance(value, list):
                 raise ValueError(f"weights: {value}, expected a list of patterns")
+        elif (name in BY_TENSOR) != (isinstance(value, dict) and all(isinstance(pattern, str) for pattern in value)):
+            raise ValueError(f"{name}: {value}, expected {'numbers by pattern' if name in BY_TENSOR else 'a number'}")
         elif not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(f"{name}: {value}, expected numbers (a decimal point in those with an exponent)")
         elif name in FRACTIONS and not all(0 <= number <= 1 for number in numbers):

@@ -260,6 +260,15 @@ def read_record(path):
     return record
 
 
+def check_place(flag, path):
+    """Raises UserError where no file can be written: a path without its folder, a folder."""
+    parent = Path(path).resolve().parent
+    if not parent.is_dir():
+        raise UserError(f"{flag} {path}: there is no folder {parent}; make it, or choose another place")
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: expected the name of a file, this is a folder")
+
+
 def write_metrics(path, epochs):
     """One row an epoch: the keys of the history's entries."""
     with atomic_write(path, "w", encoding="utf-8", newline="") as file:

@@ -17,7 +17,7 @@ def summary_text(model, kind):
 def sparsity_text(model):
     """Each parameter's zeros, by element and, of a matrix, by whole rows and columns; mean and standard deviation."""
     rows, elements, kept = [], 0, 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in _weights(model):
         weight = parameter.detach().float()
         there = weight != 0
         lines = [f"{100 * (~there).all(dim).float().mean().item():.2f}" if weight.dim() == 2 else "" for dim in (1, 0)]
@@ -37,11 +37,16 @@ def sparsity_text(model):
 def percentile_text(model):
     """Percentiles of the magnitudes of each weight: the 90th is q of BaiduRNNPruner."""
     rows = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in _weights(model):
         magnitudes = parameter.detach().float().abs().flatten().sort().values
         places = [min(len(magnitudes) - 1, int(len(magnitudes) * part / 100)) for part in PERCENTILES]
         rows.append([name, shape_text(parameter), *(f"{magnitudes[place].item():.4f}" for place in places)])
     return report.markdown_table(("parameter", "shape", *(f"{part}%" for part in PERCENTILES)), rows)
+
+
+def _weights(model):
+    """(name, parameter) of all that hold a number: in compressed rows nothing may be left of a matrix."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
 
 
 def modules_text(model):
