@@ -126,20 +126,21 @@ class Integers(Floats):
     """Operations in integers, or in float16, or left in floats.
 
     settings: mode, per_channel (a grid for each row of a matrix), clip, weight_bits, activation_bits, fp16 (patterns of
-    operations in float16; a part of a name will do), statistics {operation: {min, ...}}. Weights are never clipped;
-    the embedding has one grid. A sum of products is an integer of 32 bits, to which a bias on its grid is added.
+    operations in float16; a part of a name will do), statistics {operation: {min, ...}}. Weights are never clipped,
+    the embedding's neither, which has one grid of weight_bits. A sum of products is an integer of 32 bits, to which a
+    bias on its grid is added.
     """
 
     def __init__(self, settings):
         self.settings, self.weights = settings, {}
-        self.grids = {
-            name: grid_of(
-                *activation_range(statistics, settings["clip"], settings["activation_bits"]),
-                settings["mode"],
-                settings["activation_bits"],
-            )
-            for name, statistics in settings["statistics"].items()
-        }
+        self.grids = {name: self._grid(name, statistics) for name, statistics in settings["statistics"].items()}
+
+    def _grid(self, name, statistics):
+        """The grid of an operation's results; of the embedding's table, which is weights, over all that was seen."""
+        table = statistics["kind"] == "embedding" and not self.half(name)
+        clip = "none" if table else self.settings["clip"]
+        bits = self.settings["weight_bits" if table else "activation_bits"]
+        return grid_of(*activation_range(statistics, clip, bits), self.settings["mode"], bits)
 
     def half(self, name):
         """Whether an operation is done in float16."""

@@ -147,6 +147,18 @@ def test_activations_embedding_and_scaling():
     assert torch.equal(scaled.values, x.values) and torch.allclose(scaled.reals(), 0.25 * x.reals())
 
 
+def test_the_embedding_is_weights():
+    """Its grid has their bits, unclipped; where it is left in float16, what reads it has the grid of a result."""
+    seen = {"kind": "embedding", "min": -0.5, "max": 0.4, "avg_min": -0.1, "avg_max": 0.1}
+    weight, tokens = torch.tensor([[0.3, -0.45], [0.05, 0.4]]), torch.tensor([[0], [1]])
+    settings = {**settings_of(weight_bits=4), "clip": "avg", "statistics": {"encoder": seen}}
+    ops, half = Integers(settings), Integers({**settings, "fp16": ["encoder"]})
+    assert (ops.grids["encoder"].bits, half.grids["encoder"].bits) == (4, 8)
+    error = ops.embedding("encoder", tokens, weight).reals() - weight[tokens]
+    assert error.abs().max() <= 0.5001 * 0.9 / 15
+    assert half.grids["encoder"].reals(torch.tensor(127.0)) < 0.11
+
+
 def test_float16():
     """Inputs and result rounded to float16; a result of floats goes on its own grid when integers are read from it."""
     ops = Integers({**settings_of(x=(-6.0, 6.0), half=(-9.0, 9.0), y=(-9.0, 9.0)), "fp16": ["hal"]})
