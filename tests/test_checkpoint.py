@@ -271,6 +271,14 @@ def test_family_is_checked(path, refused):
     refused(lambda path: checkpoint.load_model(path, CPU, ["rmx"]))
 
 
+def test_models_that_this_version_does_not_know(path, refused):
+    """A name, a kind or a size that nothing here has: one line."""
+    core = {"emsize": 5, "memslots": 1, "headsize": 5, "numheads": 1}
+    for own in ({"depth": 3}, {"variant": "paper-2"}, {"gatestyle": "half"}):
+        checkpoint.save(path, content(config={**CONFIG, "family": "rmc", "core": {**core, **own}}))
+        assert "that this version does not know" in refused(load_model)
+
+
 @pytest.mark.parametrize(
     "changes",
     (

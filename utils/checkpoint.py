@@ -151,7 +151,7 @@ def built(checkpoint, path):
     """The model of a checkpoint with its weights. Raises UserError when it is none, path: what an error calls it."""
     try:
         model = build(checkpoint["config"])
-    except (TypeError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} describes a model that this version does not know ({error})") from None
     load_weights(model, checkpoint, path)
     return model
