@@ -157,10 +157,8 @@ def parse(argv=None):
     for name in ("epsilon", "max_batches"):
         if name in given and args.dynamic == "sgd":
             parser.error(f"--{name.replace('_', '-')} goes with --dynamic rms, not with sgd")
-    if args.eval_batch > 1 and (args.pointer or args.dynamic or args.tune or args.temperature != 1):
-        parser.error(f"adaptation reads one column: leave out --eval-batch {args.eval_batch}")
-    if args.text and args.eval_batch > 1:
-        parser.error(f"--text is read in one column: leave out --eval-batch {args.eval_batch}")
+    if args.eval_batch > 1 and (args.text or args.pointer or args.dynamic or args.tune or args.temperature != 1):
+        parser.error(f"adaptation and --text read one column: leave out --eval-batch {args.eval_batch}")
     if args.record and args.text:
         parser.error("--record keeps the figures of a corpus: leave it out beside --text")
     if args.tune and args.text:
