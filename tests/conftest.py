@@ -17,6 +17,7 @@ import generate
 import train_rnn
 from data import sentences
 from models import compiled
+from models.forget_mult import cuda
 from utils import checkpoint, program, report
 
 ROOT = Path(__file__).parent.parent
@@ -219,3 +220,20 @@ def cells(text):
 def files(folder):
     """Path and bytes of all that is in a folder."""
     return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The CUDA kernels as NVRTC's PTX, parsed."""
+    import on_numpy
+
+    return on_numpy.kernels()
+
+
+@pytest.fixture
+def gpu(kernels, monkeypatch):
+    """The kernels run on numpy, with blocks of few threads, so that there are several."""
+    from on_numpy import OnNumpy
+
+    monkeypatch.setattr(cuda, "THREADS", 8)
+    return OnNumpy(kernels, monkeypatch.setattr)
