@@ -368,6 +368,16 @@ def test_a_copy(path, tmp_path, monkeypatch, links):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted({"copy.pt", "folder", path.name})
 
 
+def test_a_copy_into_a_pipe(path, tmp_path):
+    """What is no file is written to, and stays what it is."""
+    checkpoint.save(path, content())
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    checkpoint.copy(path, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and os.read(reader, 1 << 20) == path.read_bytes()
+    os.close(reader)
+
+
 @pytest.mark.parametrize("step", ("tempfile.mkstemp", "os.fsync", "os.replace"))
 def test_any_failing_step_keeps_the_checkpoint_that_was_there(path, monkeypatch, step):
     """No permission in the folder, a disk that can't sync, a rename that fails: the reason is in the message."""

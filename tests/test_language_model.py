@@ -308,6 +308,13 @@ def test_lecun_start_leaves_what_normalizes_and_gate_constants(variant):
     assert "embedding.weight" not in same and "head.weight" not in same
 
 
+def test_lecun_start_leaves_tombstones():
+    """A split softmax's are zeros, as it makes them."""
+    config = {"family": "rnn", "core": {"model": "LSTM", "emsize": 13, "nhid": 13, "nlayers": 1}, "vocab_size": 19}
+    model = build({**config, "tied": True, "splitcross": True, "cutoffs": [7], "init": "lecun"})
+    assert model.head.tail_vectors.shape == (1, 13) and not model.head.tail_vectors.any()
+
+
 SIZES = {"emsize": EMSIZE, "nhid": 401, "nlayers": 2}
 CARRIED = {
     "LSTM": ("rnn", {"model": "LSTM", **SIZES}),

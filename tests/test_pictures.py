@@ -19,6 +19,7 @@ def test_equal_epochs_have_a_panel_of_their_own(figures, tmp_path):
     ]
     minutes = ("minutes of training", [("lstm-minutes: 170.0", 1.5, 2.0), ("rmc-minutes: 170.0", 1.5, 2.0)])
     assert shown == [[minutes, ("epochs of training", [("lstm-epochs: 170.0", 1, 2)])], [minutes]]
+    assert all(tick == int(tick) for tick in figures[0].axes[1].get_xticks())
 
 
 def test_the_legend_of_many_curves_hides_none(figures, tmp_path):

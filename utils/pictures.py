@@ -81,7 +81,7 @@ def _curves(axes, unit, rows):
         lowest.append(min(valid))
     axes.set(xlabel=f"{unit} of training", ylabel="perplexity of the validation split", yscale="log")
     axes.set_ylim(0.9 * min(lowest), 4 * max(lowest))
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=unit == "epochs")
     _plain(axes)
 
 
