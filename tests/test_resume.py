@@ -182,6 +182,17 @@ def test_what_may_change_on_resume(train, tmp_path, fails):
     assert "--epochs 3 differs" in error
 
 
+def test_the_same_command_resumes_a_width_that_was_found(train, fails, tmp_path):
+    """--num-params with sizes typed as proportions, or as found; others are refused with the run's."""
+    first = train("--name", "run", "--num-params", "3e3", "--nhid", "5", "--no-tied")["model"]["core"]
+    assert first["nhid"] != 5 and first["emsize"] == round(11 * first["nhid"] / 5)
+    for width in ("5", str(first["nhid"])):
+        again = train("--resume", "run", "--num-params", "3e3", "--nhid", width, "--epochs", "3")
+        assert again["model"]["core"] == first and again["epochs"] == 3
+    error = fails(train_rnn.main, "--runs-dir", tmp_path / "runs", "--resume", "run", "--nhid", "7")
+    assert f"--nhid 7 differs from the resumed run's {first['nhid']}" in error
+
+
 def test_resume_refuses_other_text(train, tmp_path, tiny_corpus):
     """The corpus may have moved, but its content is compared."""
     train("--name", "run")

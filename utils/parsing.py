@@ -111,6 +111,9 @@ def _resumed(parser, given, early, args, families):
     free = set(MAY_CHANGE) | set(LOCATORS)
     if saved["schedule"] == "onecycle":
         free.discard("epochs")
+    for flag, size in saved.get("proportions", {}).items():  # typed once more, beside --num-params
+        if given.get(flag) == size:
+            given[flag] = saved[flag]
     for flag, value in given.items():
         if flag not in free and value != saved.get(flag):
             allowed = ", ".join(f"--{name.replace('_', '-')}" for name in MAY_CHANGE if name in free)
@@ -157,11 +160,12 @@ def model_config(args, vocab_size, family, core, dropouti):
 def settle_width(args, widths, config):
     """Set the flags named by `widths` so that the model has --num-params parameters, or as nearly as one unit allows.
 
-    They keep their proportions. config: () -> the dictionary for models.build that args describe now.
-    Raises UserError where the narrowest model has more.
+    They keep their proportions, which args.proportions has afterwards. config: () -> the dictionary for models.build
+    that args describe now. Raises UserError where the narrowest model has more.
     """
     config()  # it may settle what is not given, a Transformer's heads
     sizes = [getattr(args, name) for name in widths]
+    args.proportions = dict(zip(widths, sizes, strict=True))
     multiple = getattr(args, "nhead", None) or 1
 
     def parameters(width):
