@@ -1,6 +1,7 @@
 """The tables of the seeds: what each of their rows trains, and what was published for it."""
 
 from . import UserError
+from .cli import PORT_TRAINING
 from .rows import (
     EXAMPLE,
     HALF,
@@ -32,6 +33,10 @@ WIKI_FAST = (
 )
 """The port's models in two hours of two cores: Adam in one cycle, rare words in clusters that keep the tied matrix."""
 AWD_EQUAL = "--no-variable-bptt --dropouti 0.3 --dropouth 0.2 --dropoute 0.05 --wdrop 0.2 --alpha 0 --beta 0"
+AS_THE_PORT = "--dropout 0.5 --wdecay 0 " + " ".join(
+    f"--{name.replace('_', '-')} {value}" for name, value in PORT_TRAINING.items()
+)
+"""Its training, for a model that it does not have."""
 QRNN_PAPER = (
     "--data penn --emsize 640 --nhid 640 --nlayers 2 --dropout 0.5 --no-tied --init lecun --optimizer sgd --lr 1 "
     "--average columns --clip 10 --wdecay 2e-4 --batch-size 20 --bptt 105 --epochs 72 --schedule step --decay 0.95 "
@@ -108,10 +113,12 @@ PLANS = {
         trained("lstm-loop", "train_rnn.py --data wikitext-2 --loop", 111.31, 105.56),
         trained("rmc-paper", "train_rmc.py --data wikitext-2"),
         trained("rmc-port", "train_rmc.py --data wikitext-2 --variant port", 112.77, 107.21),
+        trained("qrnn", f"train_qrnn.py --recipe fast --data wikitext-2 --num-params 11e6 {AS_THE_PORT}"),
         trained("lstm-fast", f"train_rnn.py {WIKI_FAST} --lr 3e-3 --epochs 20", 111.31, 105.56),
         trained(
             "rmc-fast", f"train_rmc.py {WIKI_FAST} --variant port --amp bf16 --lr 2e-3 --epochs 12", 112.77, 107.21
         ),
+        trained("qrnn-fast", f"train_qrnn.py --recipe fast {WIKI_FAST} --num-params 11e6 --amp bf16 --epochs 12"),
     ),
     "rmc-search": (
         search(128, 4, 3, 128, False, 1, 128.81),
