@@ -16,7 +16,7 @@ def table(args):
     Records are kept in results/NAME/. Ctrl-C ends the training that is under way, the same command goes on with it.
     """
     if args.list:
-        report.say(plans.listing(args.name))
+        report.say(plans.listing(args.runs_dir, args.name))
         return
     if args.name is None:
         raise UserError("table: expected the name of a table, got none; --list shows those that are planned")

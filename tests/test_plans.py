@@ -259,7 +259,9 @@ def test_the_list_of_planned_tables(capsys, fails):
         "word-language-model-penn\n  lstm-200 (published: 117.61 test): train_rnn.py --recipe example --data penn"
         in out
     )
-    assert "compress.py prune" in out
+    assert "compress.py prune" in out and "{" not in out
+    assert "evaluate.py --checkpoint runs/awd-penn/awd-fast-less/best.pt --pointer --tune\n" in out
+    assert "benchmark.py quantization runs/pruning/dense/best.pt --record" in out
     for name, row in (("qrnn-penn", "lstm-72"), ("rmc-speed", "benchmark.py")):
         benchmark.main(["table", name, "--list"])
         title, *rows = capsys.readouterr().out.splitlines()

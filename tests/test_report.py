@@ -217,6 +217,14 @@ def test_curves_show_the_history(tmp_path, figures, curves):
     assert (top.get_ylabel(), bottom.get_ylabel(), bottom.get_xlabel()) == ("perplexity", "learning rate", "epoch")
 
 
+@pytest.mark.parametrize(("train", "side"), [(60.0, 1), (90.0, -1)])
+def test_the_best_figure_stands_where_the_training_curve_is_not(tmp_path, figures, curves, train, side):
+    """Above the validation curve where training's is below it, and below where it is above."""
+    report.draw_curves(tmp_path / "curves.png", history(epoch_entry(1, train, 70.0)), "a run")
+    (label,) = figures[0].axes[0].texts
+    assert label.get_text() == "70.00" and label.xyann[1] * side > 0
+
+
 def test_a_taken_name_is_refused(tmp_path):
     """With the name and what to do; what is there stays."""
     folder = RunFolder.create(tmp_path / "deep" / "runs", "mine")

@@ -81,6 +81,29 @@ def test_a_row_is_what_the_record_says(table, run, place):
     assert (place / "small" / "mine.json").read_bytes() == (folder / "run.json").read_bytes()
 
 
+def test_times_of_several_seeds_are_means_and_devices_are_all_named(run):
+    """Perplexities with their range; what is the same for both stands once, the command is the first's."""
+
+    def slower(record):
+        made_up(record)
+        record.update(minutes=20.1, ms_per_batch=100.4, forward_ms_per_batch=41.0, command="another")
+        record["environment"].update(commit="fedcba987654321", device="cpu (Another)")
+        record["results"]["test"]["perplexity"] = 99.77
+
+    records = [report.read_record(run(*each) / "run.json") for each in (("one", made_up), ("two", slower))]
+    header, _, row = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in run_tables.plan_text([("both", (None, 97.5), records)]).strip().splitlines()
+    )
+    shown = dict(zip(header, row, strict=True))
+    assert shown["minutes"] == "16.2" and shown["ms/batch"] == "86" and shown["forward ms"] == "32"
+    assert shown["test ppl"] == "99.27 (98.77 to 99.77)" and shown["published test"] == "97.5"
+    assert shown["device"] == "cpu (Imaginary), 3 threads; cpu (Another), 3 threads"
+    assert shown["commit"] == "0123456789ab; fedcba987654" and shown["command"] == "`python train_rnn.py --tied`"
+    (single,) = [run_tables.plan_text([("one", (None, None), records[:1])]).strip().splitlines()[2]]
+    assert "| 12.3 |" in single and "; " not in single
+
+
 def better(record):
     record["results"]["test"]["perplexity"] = 1.5
     record["model"]["core"].update(model="GRU", nlayers=2, nhid=31, loop=True)

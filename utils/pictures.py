@@ -10,6 +10,7 @@ from .run_tables import TRAINED
 from .tables import FLOORS, PUBLISHED, PUBLISHED_PARTS, figure4_medians
 
 HATCHES = ("", "//", "..")
+OTHERS = "published, of another corpus"
 STYLES = list(zip(("-", "--", ":", "-."), ("o", "s", "^", "D"), strict=True))
 
 
@@ -55,7 +56,7 @@ def figure4_picture(record, path):
 
 
 def curves_picture(rows, path):
-    """Validation perplexity over the minutes of training: rows [(name, record)] of trained models, a line each.
+    """Validation perplexity over the minutes of training: rows [(name, records of its seeds)], a line each record.
 
     Rows of equal epochs, whose names end in EPOCHS, have a panel of their own, over epochs.
     """
@@ -69,17 +70,22 @@ def curves_picture(rows, path):
 
 
 def _curves(axes, unit, rows):
-    """Validation perplexity over "minutes" or "epochs", a line for each of rows [(name, record)]."""
+    """Validation perplexity over "minutes" or "epochs", lines of one colour for each of rows [(name, records)]."""
     lowest = []
-    for number, (name, record) in enumerate(rows):
-        epochs = record["history"]["epochs"]
-        lengths = [epoch["seconds"] / 60 if unit == "minutes" else 1 for epoch in epochs]
-        valid = [epoch["valid_ppl"] for epoch in epochs]
+    for number, (name, records) in enumerate(rows):
         line, marker = STYLES[number % len(STYLES)]
-        done = list(itertools.accumulate(lengths))
-        axes.plot(done, valid, line, marker=marker, ms=4, label=f"{name}: {min(valid):.1f}")
-        lowest.append(min(valid))
+        own = [min(epoch["valid_ppl"] for epoch in record["history"]["epochs"]) for record in records]
+        label = f"{name}: {', '.join(f'{perplexity:.1f}' for perplexity in own)}"
+        for record in records:
+            epochs = record["history"]["epochs"]
+            lengths = [epoch["seconds"] / 60 if unit == "minutes" else 1 for epoch in epochs]
+            done = list(itertools.accumulate(lengths))
+            valid = [epoch["valid_ppl"] for epoch in epochs]
+            axes.plot(done, valid, line, marker=marker, ms=4, color=f"C{number % 10}", label=label)
+            label = None  # one line of the legend for all seeds
+        lowest += own
     axes.set(xlabel=f"{unit} of training", ylabel="perplexity of the validation split", yscale="log")
+    axes.set_title("between epochs; the lowest in the legend", fontsize=9)
     axes.set_ylim(0.9 * min(lowest), 4 * max(lowest))
     axes.locator_params(axis="x", integer=unit == "epochs")
     _plain(axes)
@@ -88,12 +94,13 @@ def _curves(axes, unit, rows):
 def sparsity_picture(rows, path):
     """Test perplexity over the part of all weights that is zero: rows [(name, published, record)].
 
-    Pruned while training, at once (the records of evaluations), and the published figures. The first fill the picture,
-    what is beyond goes out of it; the parts are as far apart as what they leave is in proportion.
+    Pruned while training, at once (the records of evaluations), and the published figures, which are of another
+    corpus. The first and last fill the picture, what is beyond is said at its edge; the parts are as far apart as what
+    they leave is in proportion.
     """
     figure = _figure(8, 5)
     axes = figure.subplots()
-    kinds = {"while training": ([], "o", "C0"), "at once": ([], "s--", "C1"), "published": ([], "^", "0.4")}
+    kinds = {"while training": ([], "o", "C0"), "at once": ([], "s--", "C1"), OTHERS: ([], "^", "0.4")}
     labels = {}
     for name, published, record in rows:
         model = record["model"]
@@ -105,19 +112,32 @@ def sparsity_picture(rows, path):
             near = [point for point in labels if abs(point[0] - part) < 1 and abs(point[1] - perplexity) < 2]
             labels.setdefault((near or [(part, perplexity)])[0], []).append(name)
         if published is not None:
-            kinds["published"][0].append((part, published))
+            kinds[OTHERS][0].append((part, published))
     for label, (points, style, color) in kinds.items():
         if points:
             axes.plot(*zip(*sorted(points), strict=True), style, color=color, ms=5, label=label)
     for point, names in labels.items():
         axes.annotate(", ".join(names), point, textcoords="offset points", xytext=(6, 3), fontsize=8)
-    shown = [perplexity for kind in ("while training", "published") for _, perplexity in kinds[kind][0]]
-    axes.set(xlabel="weights that are zero, %", ylabel="perplexity of the test split")
+    shown = [perplexity for kind in ("while training", OTHERS) for _, perplexity in kinds[kind][0]]
+    axes.set(xlabel="weights that are zero, % (as far apart as log(100 - %))", ylabel="perplexity of the test split")
     axes.set_xscale("function", functions=(lambda part: -np.log(100 - part), lambda left: 100 - np.exp(-left)))
     axes.set_xticks([0, 50, 70, 80, 90, 95])
     axes.set_xlim(-8, 96.5)
     if shown:
         axes.set_ylim(0.95 * min(shown), 1.3 * max(shown))
+        for part, perplexity in kinds["at once"][0]:
+            if perplexity > 1.3 * max(shown):
+                above = f"at once: {perplexity:,.0f}"
+                axes.annotate(
+                    above,
+                    (part, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(0, 3),
+                    fontsize=8,
+                    ha="center",
+                    textcoords="offset points",
+                    color="C1",
+                )
     _plain(axes)
     figure.savefig(path, dpi=120)
 

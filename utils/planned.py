@@ -211,6 +211,6 @@ def draw(name, rows, path):
     if name == "pruning":
         sparsity_picture([(row, published[1], records[0]) for row, published, records in rows], path)
         return
-    curves = [(row, records[0]) for row, _, records in rows if records[0]["kind"] == TRAINED]
+    curves = [(row, records) for row, _, records in rows if records[0]["kind"] == TRAINED]
     if curves:
         curves_picture(curves, path)

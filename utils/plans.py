@@ -281,8 +281,8 @@ MEASURED = {
 """Tables that are measurements: of each, benchmark.py's sub-commands; {runs}: where all tables' runs are."""
 
 
-def listing(table=None):
-    """A line a table and row, of all tables or of one: what it runs, what was published.
+def listing(runs, table=None):
+    """A line a table and row, of all tables or of one: what it runs, as it may be typed, what was published.
 
     Raises UserError for a table that is not planned.
     """
@@ -291,8 +291,9 @@ def listing(table=None):
         raise UserError(f"--list {table}: expected a planned table, one of {', '.join(names)}")
     lines = []
     for name in [table] if table else names:
-        lines += [name, *(f"  benchmark.py {line}" for line in MEASURED.get(name, ()))]
+        lines += [name, *(f"  benchmark.py {line.format(runs=runs)}" for line in MEASURED.get(name, ()))]
         for row in PLANS.get(name, ()):
             published = f" (published: {row.test:g} test)" if row.test else ""
-            lines.append(f"  {row.name}{published}: {'; '.join(row.commands)}")
+            commands = [command.format(runs=f"{runs}/{name}", seed="") for command in row.commands]
+            lines.append(f"  {row.name}{published}: {'; '.join(commands)}")
     return "\n".join(lines)

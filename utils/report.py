@@ -297,8 +297,8 @@ def draw_curves(path, history, title):
         top.set_ylim(min(shown) * 0.75, max(shown) * 1.15)
     lowest = min(range(len(valid)), key=valid.__getitem__)
     if math.isfinite(valid[lowest]):
-        place = {"textcoords": "offset points", "xytext": (0, -14), "ha": "center"}
-        place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.9}  # over the training curve
+        above = valid[lowest] >= epochs[lowest]["train_ppl"]  # on the side where the training curve is not
+        place = {"textcoords": "offset points", "xytext": (0, 7 if above else -15), "ha": "center"}
         top.annotate(f"{valid[lowest]:.2f}", (ends[lowest], valid[lowest]), color="C0", **place)
     top.yaxis.set_major_formatter("{x:g}")
     top.yaxis.set_minor_formatter("{x:g}")

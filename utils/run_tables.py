@@ -16,6 +16,8 @@ DIFFERENCE_COLUMNS = (
 PLAN_COLUMNS = (
     "row", *COLUMNS[:6], "seeds", "valid ppl", "test ppl", "published valid", "published test", *COLUMNS[8:]
 )  # fmt: skip
+MEANS = (("minutes", "minutes", 1), ("forward ms", "forward_ms_per_batch", 0), ("ms/batch", "ms_per_batch", 0))
+"""Columns that are means over seeds in a planned table: (column, what of a record it is of, digits)."""
 TRAINED = "training"
 """The kind of a record that a train script wrote; the other is evaluate.py's."""
 KINDS = (TRAINED, "evaluation of a checkpoint")
@@ -134,13 +136,18 @@ def _setting(command):
 def plan_text(rows):
     """The markdown of a planned table. rows: [(name, published (valid, test), records of its seeds)], in their order.
 
-    A published figure that there is none of is None. Perplexities of several seeds: mean (least to greatest).
+    A published figure that there is none of is None. Of several seeds: perplexities are mean (least to greatest), times
+    the mean, devices and commits all that there are, the rest is of the first.
     """
     table = []
     for name, published, records in rows:
         row = {"row": name, **cells(records[0])}
         if len(records) > 1:
-            row["minutes"] = f"{statistics.mean(record['minutes'] for record in records):.1f}"
+            every = [cells(record) for record in records]
+            for column, key, digits in MEANS:
+                if row[column]:
+                    row[column] = f"{statistics.mean(record[key] for record in records):.{digits}f}"
+            row |= {column: "; ".join(dict.fromkeys(own[column] for own in every)) for column in ("device", "commit")}
         row["seeds"] = " ".join(str(record["config"]["seed"]) for record in records if record["kind"] == TRAINED)
         for split, figure in zip(("valid", "test"), published, strict=True):
             row[f"published {split}"] = "" if figure is None else f"{figure:g}"
