@@ -20,6 +20,9 @@ def table(args):
         return
     if args.name is None:
         raise UserError("table: expected the name of a table, got none; --list shows those that are planned")
+    if not args.name or Path(args.name).name != args.name:
+        raise UserError(f"table {args.name!r}: expected a name, that of its page in --results, without a folder")
+    report.make_folder("--results", args.results)
     trains, measures = (args.name in known and not args.runs for known in (plans.PLANS, plans.MEASURED))
     asked = {"only": args.only, "budget": args.budget, "seeds": args.seeds > 1, "cuda-graphs": args.cuda_graphs}
     asked |= {} if measures else {"cuda": args.cuda, "tf32": args.tf32}
@@ -33,11 +36,16 @@ def table(args):
     for run in map(Path, args.runs):
         path = run / "run.json" if run.is_dir() else run
         record = report.read_record(path)
-        if record["kind"] not in KINDS:
-            raise UserError(f"{path} is a record of {record['kind']}: expected that of a training or an evaluation")
-        if not record["results"]:
-            raise UserError(f"{path} has no results: the run has not ended (status {record['status']})")
-        added[record["name"]] = record
+        if record.get("kind") not in KINDS:
+            raise UserError(f"{path} is a record of {record.get('kind')}: expected that of a training or an evaluation")
+        if not record.get("results"):
+            raise UserError(f"{path} has no results: the run has not ended (status {record.get('status')})")
+        name = record.get("name")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{path}: expected the name of its run, without a folder, got {name!r}")
+        if name in added:
+            raise UserError(f"{path}: another run given is called {name}, too; a table has one of each name")
+        added[name] = record
     planned.render(args.name, args.results, added, args.differences)
 
 
@@ -223,6 +231,10 @@ def main(argv=None):
     """Parse flags, run the sub-command."""
     args = build_parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
+    if getattr(args, "record", None) is not None:
+        if Path(args.record).name != args.record:
+            raise UserError(f"--record {args.record}: expected a name, without a folder; --results says where it goes")
+        report.make_folder("--results", args.results)
     args.call(args)
 
 

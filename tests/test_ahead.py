@@ -2,8 +2,10 @@
 
 from argparse import Namespace
 
+import pytest
+
 import benchmark
-from utils import ahead, report
+from utils import UserError, ahead, report
 
 SPEED = {
     "kind": "speed",
@@ -109,3 +111,16 @@ def test_the_page_of_all(tmp_path, monkeypatch):
 
 def test_a_measurement_is_one_of_those(fails):
     assert "--only" in fails(lambda: benchmark.main(["peers", "--only", "everything"]))
+
+
+def test_layers_of_which_ours_was_not_timed():
+    """Those of the other type are compared."""
+    rows = [row for row in LAYERS["rows"] if row["name"] != "QRNN bf16"]
+    assert {ours for _, ours, *_ in ahead.comparisons({**LAYERS, "rows": rows})} == {"QRNN"}
+
+
+def test_nothing_to_compare_is_one_line(tmp_path):
+    """No page and no picture without a peer."""
+    with pytest.raises(UserError, match="has a peer beside ours"):
+        ahead.summary(tmp_path)
+    assert list(tmp_path.iterdir()) == []

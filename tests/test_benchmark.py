@@ -233,6 +233,16 @@ def test_a_profile_shortens_the_names_of_kernels():
     assert f"| {'k' * 57}... | 1 | 2.5 |" in text and f"| {'m' * 60} | 3 | 1.2 |" in text
 
 
+def test_a_profile_of_candidates_with_unlike_many_operations():
+    """The shorter one's cells end empty."""
+    rows = [
+        {"name": "LSTM", "longest": [["mm", 2.5, 1], ["add", 1.25, 3]], "total_ms": 3.75},
+        {"name": "GRU", "longest": [["mm", 5.0, 7]], "total_ms": 5.0},
+    ]
+    text = tables.profile_text({"command": "", "machine": "", "environment": {}, "vocab_size": 5, "rows": rows})
+    assert "| mm | 1 | 2.5 | mm | 7 | 5.0 |" in text and "| add | 3 | 1.2 |  |  |  |" in text
+
+
 @pytest.mark.parametrize(("kind", "options"), (("--data", ()), ("--tokens", ("--types", "101"))))
 def test_load_times_building_and_cache(capsys, tiny_corpus, tmp_path, kind, options):
     """Of a corpus, which gets no cache by this, and of one that is made up; kept and rendered."""
@@ -258,9 +268,10 @@ def test_evaluation_times_one_column(candidates, monkeypatch, capsys, tiny_corpu
 
 
 def test_speed_refuses_what_it_does_not_know(candidates, fails):
-    """The names that there are; rounds below 1."""
-    message = fails(benchmark.main, "speed", "--only", "QRNN", "Transformer")
-    assert "QRNN Transformer" in message and "LSTM, port, LSTM loop, port, GRU, port" in message
+    """A word that names nothing, beside others too, with the names that there are; rounds below 1."""
+    message = fails(benchmark.main, "speed", "--only", "GRU", "Transformer")
+    assert "'Transformer'" in message and "LSTM, port; LSTM loop, port; GRU, port;" in message
+    assert "words with WikiText-103 in them, RMC" in fails(benchmark.main, "speed", "--only", "full softmax")
     assert "--rounds" in fails(benchmark.main, "speed", "--rounds", 0)
 
 

@@ -59,6 +59,8 @@ def test_compression(checkpoints, tmp_path, monkeypatch, capsys):
 def test_what_is_no_checkpoint_is_one_line(tiny_checkpoint, fails, tmp_path):
     """Here, and from the process that measures."""
     assert "no checkpoint" in fails(benchmark.main, "compression", f"dense={tmp_path / 'none.pt'}")
+    assert "no checkpoint runs/lr=1/best.pt" in fails(benchmark.main, "compression", "dense=runs/lr=1/best.pt")
+    assert "two have one name" in fails(benchmark.main, "compression", "a=one.pt", "a=two.pt")
     args = benchmark.build_parser().parse_args(["compression", "x"])
     worker = Worker(str(tmp_path / "none.pt"), "off", args, kind=compressed.Measured)
     with pytest.raises(UserError, match="no checkpoint"):

@@ -5,7 +5,10 @@ from utils import pictures
 
 def test_equal_epochs_have_a_panel_of_their_own(figures, tmp_path):
     """Curves of other rows are over minutes, theirs over epochs; where there are none there is one panel."""
-    epochs = [{"epoch": 1, "seconds": 90, "valid_ppl": 300.0}, {"epoch": 2, "seconds": 30, "valid_ppl": 170.0}]
+    epochs = [
+        {"epoch": 1, "seconds": 90, "part": 1.0, "valid_ppl": 300.0},
+        {"epoch": 2, "seconds": 30, "part": 1.0, "valid_ppl": 170.0},
+    ]
     record = {"history": {"epochs": epochs}}
     rows = [(name, [record]) for name in ("lstm-epochs", "lstm-minutes", "rmc-minutes")]
     pictures.curves_picture(rows, tmp_path / "both.png")
@@ -24,7 +27,9 @@ def test_equal_epochs_have_a_panel_of_their_own(figures, tmp_path):
 
 def test_every_seed_is_drawn_in_one_colour(figures, tmp_path):
     """The legend has the lowest of each; the next row has another colour."""
-    first, second = ({"history": {"epochs": [{"epoch": 1, "seconds": 60, "valid_ppl": ppl}]}} for ppl in (300.0, 310.0))
+    first, second = (
+        {"history": {"epochs": [{"epoch": 1, "seconds": 60, "part": 1.0, "valid_ppl": ppl}]}} for ppl in (300.0, 310.0)
+    )
     pictures.curves_picture([("lstm", [first, second]), ("rmc", [second])], tmp_path / "seeds.png")
     lines = figures[0].axes[0].get_lines()
     assert [line.get_color() for line in lines] == ["C0", "C0", "C1"]
@@ -46,8 +51,15 @@ def test_what_is_beyond_the_picture_is_said(figures, tmp_path):
 
 def test_the_legend_of_many_curves_hides_none(figures, tmp_path):
     """That of nine rows is beside the axes, that of eight inside."""
-    record = {"history": {"epochs": [{"epoch": 1, "seconds": 90, "valid_ppl": 300.0}]}}
+    record = {"history": {"epochs": [{"epoch": 1, "seconds": 90, "part": 1.0, "valid_ppl": 300.0}]}}
     for count in (8, 9):
         pictures.curves_picture([(f"row {number}", [record]) for number in range(count)], tmp_path / f"{count}.png")
     boxes = [(each.axes[0].get_legend().get_window_extent(), each.axes[0].get_window_extent()) for each in figures]
     assert [legend.x0 < axes.x1 for legend, axes in boxes] == [True, False]
+
+
+def test_an_epoch_that_was_cut_is_no_whole_one(figures, tmp_path):
+    """Its point stands where it was cut."""
+    epochs = [{"seconds": 90, "part": part, "valid_ppl": 300.0} for part in (1.0, 0.25)]
+    pictures.curves_picture([("lstm-epochs", [{"history": {"epochs": epochs}}])], tmp_path / "cut.png")
+    assert list(figures[0].axes[0].get_lines()[0].get_xdata()) == [1.0, 1.25]

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ import pytest
 from conftest import cells
 
 import benchmark
-from utils import parsing, plans, report, rows
+from utils import UserError, parsing, plans, report, rows
 from utils import planned as planning
 
 
@@ -97,18 +98,21 @@ def test_planned_measurements_run_once(monkeypatch, place, capsys):
     def call(argv, env):
         ran.append(shlex.join(argv[1:]))
         (place / "speed").mkdir(exist_ok=True)
-        (place / "speed" / f"{argv[argv.index('--record') + 1]}.json").touch()
+        record = {"kind": argv[2], "environment": {}}
+        report.write_record(place / "speed" / f"{argv[argv.index('--record') + 1]}.json", record)
         return subprocess.CompletedProcess(argv, 0)
 
     for module in (plans, planning):
         monkeypatch.setattr(module, "MEASURED", {"fast": ("speed --record one", "layers {runs}/x --record two")})
     monkeypatch.setattr(planning, "subprocess", Namespace(run=call))
+    (place / "mine").mkdir()
+    report.write_record(place / "mine" / "two.json", {"kind": "training", "environment": {}})  # a run's name counts not
     for _ in range(2):
-        benchmark.main(["table", "fast", "--runs-dir", "here", "--results", str(place)])
+        benchmark.main(["table", "fast", "--runs-dir", "he re", "--results", str(place)])
     script = Path(benchmark.__file__)
     assert ran == [
         f"{script} speed --record one --results {place}",
-        f"{script} layers here/x --record two --results {place}",
+        f"{script} layers 'he re/x' --record two --results {place}",
     ]
     assert f"two in {place / 'speed'}.md" in capsys.readouterr().out
     benchmark.main(["table", "--list"])
@@ -197,7 +201,6 @@ def test_a_planned_training_that_was_cut_goes_on(planned, place, tmp_path, monke
         return run([*argv, "--max-minutes", "0.00001"], env=env)
 
     monkeypatch.setattr(planning, "subprocess", Namespace(run=interrupted))
-    monkeypatch.setattr(planning, "DONE", ("finished",))
     with pytest.raises(KeyboardInterrupt):
         planned("--only", "dense")
     assert not (place / "small").exists()
@@ -267,3 +270,79 @@ def test_the_list_of_planned_tables(capsys, fails):
         title, *rows = capsys.readouterr().out.splitlines()
         assert title == name and rows and all(line.startswith("  ") for line in rows) and row in rows[0]
     assert "one of qrnn-speed, rmc-speed" in fails(benchmark.main, "table", "awd-pen", "--list")
+
+
+def test_a_run_cut_by_the_budget_says_so_and_goes_on(planned, place):
+    """After its minutes it is done for that budget, not for a larger one or none; the README does not have it."""
+    assert len(planned("--only", "dense", "--budget", "0.0001")) == 1
+    (row,) = planned_rows(place)
+    assert row["epochs"] == "1, max-minutes" and "dense" not in planning.summary_text(place)
+    assert planned("--only", "dense", "--budget", "0.0001") == []
+    (ran,) = planned("--only", "dense")
+    assert "--resume dense" in ran
+    (row,) = planned_rows(place)
+    assert row["epochs"] == "1" and "[dense]" in planning.summary_text(place)
+
+
+def test_what_is_recorded_is_not_run_again_and_said_to_be(planned, place, capsys):
+    """With where it is; a word of --only that is no row is refused beside one that is."""
+    planned("--only", "dense")
+    capsys.readouterr()
+    assert planned("--only", "dense") == []
+    assert f"not run again: dense, recorded in {place / 'small'}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--only dence: small has dense, longer, at-once-50"):
+        planned("--only", "dense", "dence")
+
+
+def test_a_page_without_its_place_is_missed_before_anything_runs(planned, place):
+    """A training of hours would have no table to go to."""
+    (place / "small.md").write_text("by hand\n", encoding="utf-8")
+    with pytest.raises(UserError, match="needs the lines <!-- small -->"):
+        planned("--only", "dense")
+    assert not (place.parent / "runs").exists()
+
+
+def test_a_finished_run_without_its_last_checkpoint_is_not_deleted(planned, place):
+    """One that was cut before its first checkpoint is."""
+    folder = place.parent / "runs" / "small" / "dense"
+    folder.mkdir(parents=True)
+    (folder / "best.pt").touch()
+    with pytest.raises(UserError, match=r"best\.pt, but no last\.pt"):
+        planned("--only", "dense")
+    assert (folder / "best.pt").exists()
+    (folder / "best.pt").rename(folder / "notes.txt")
+    assert len(planned("--only", "dense")) == 1
+
+
+def test_runs_in_a_folder_with_a_space(planned, place):
+    """A row of several commands, and one that starts from another's model."""
+    assert len(planned("--runs-dir", str(place.parent / "my runs"))) == 4
+    assert [row["row"] for row in planned_rows(place)] == ["dense", "longer", "at-once-50"]
+
+
+def test_a_row_that_never_was_finite_is_shown(planned, place):
+    """Its table can be rendered and drawn, alone and beside others, which then can."""
+    planned("--only", "dense", "longer")
+    path = place / "small" / "dense.json"
+    record = report.read_record(path)
+    for epoch in record["history"]["epochs"]:
+        epoch["valid_ppl"] = math.inf
+    report.write_record(path, record)
+    for others in (["longer"], []):
+        planning.render("small", place)
+        assert (place / "small.png").stat().st_size > 10_000
+        for name in others:
+            (place / "small" / f"{name}.json").unlink()
+
+
+def test_seeds_are_in_the_order_of_their_numbers():
+    """The tenth after the second."""
+    names = ["a-seed-10", "b", "a-seed-2", "a", "ab-seed-3"]
+    assert planning._own(rows.trained("a", ""), names) == ["a", "a-seed-2", "a-seed-10"]
+
+
+@pytest.mark.parametrize("name", plans.PLANS)
+def test_pages_have_a_place_for_their_planned_table(name):
+    """Those that there are."""
+    page = planning.RESULTS / f"{name}.md"
+    assert not page.exists() or report.around(page, name)

@@ -214,6 +214,8 @@ def test_curves_show_the_history(tmp_path, figures, curves):
     top, bottom = figures[0].axes
     assert [text.get_text() for text in top.texts] == ["70.00"]
     assert top.get_title() == "a run" and top.get_yscale() == "log"
+    report.draw_curves(tmp_path / "curves.png", history(*epochs), "lr$_$x")  # no formula
+    assert figures[-1].axes[0].get_title() == "lr$_$x"
     assert (top.get_ylabel(), bottom.get_ylabel(), bottom.get_xlabel()) == ("perplexity", "learning rate", "epoch")
 
 
@@ -329,6 +331,26 @@ def test_commit_of_a_checkout_with_its_changes(tmp_path, monkeypatch, look):
     (tmp_path / "untracked").write_text("text")
     assert len(commit) == 40 and look() == commit
     (tmp_path / "report.py").write_text("second")
+    assert look() == f"{commit}-dirty"
+
+
+def test_tables_do_not_change_the_code(tmp_path, monkeypatch, look):
+    """results/ and README.md, which a table writes after each of its rows, do not count; others of their names do."""
+    inside = tmp_path / "utils"
+    for folder in (inside, tmp_path / "results", inside / "results"):
+        folder.mkdir()
+    monkeypatch.setattr(report, "__file__", str(inside / "report.py"))
+    paths = [tmp_path / "results" / "mine.md", tmp_path / "README.md", inside / "results" / "code.py"]
+    for path in paths:
+        path.write_text("first")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD").strip()
+    for path in paths[:2]:
+        path.write_text("second")
+    assert look() == commit
+    paths[2].write_text("second")
     assert look() == f"{commit}-dirty"
 
 

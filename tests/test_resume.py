@@ -219,6 +219,8 @@ def test_max_minutes_stops_saves_and_evaluates(train, tmp_path):
     assert record["status"] == "max-minutes" and record["results"]["test"]["epoch"] == 1
     (entry,) = record["history"]["epochs"]
     assert entry["partial"] and entry["batches"] == 1 and entry["valid_batch"] == 3
+    train("--name", "over", "--epochs", "2", "--max-minutes", "1e-9")
+    assert train("--resume", "over")["status"] == "finished", "the minutes that are over end it again"
     train("--name", "whole", "--epochs", "2")
     train("--resume", "short", "--epochs", "2", "--max-minutes", "60")
     ours, whole = (last(tmp_path, name) for name in ("short", "whole"))

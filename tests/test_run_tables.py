@@ -75,7 +75,7 @@ def test_a_row_is_what_the_record_says(table, run, place):
             "peak MiB": "1234",
             "device": "cpu (Imaginary), 3 threads",
             "command": "`python train_rnn.py --tied`",
-            "commit": "0123456789ab",
+            "commit": "0123456789ab-dirty",
         }
     ]
     assert (place / "small" / "mine.json").read_bytes() == (folder / "run.json").read_bytes()
@@ -99,7 +99,7 @@ def test_times_of_several_seeds_are_means_and_devices_are_all_named(run):
     assert shown["minutes"] == "16.2" and shown["ms/batch"] == "86" and shown["forward ms"] == "32"
     assert shown["test ppl"] == "99.27 (98.77 to 99.77)" and shown["published test"] == "97.5"
     assert shown["device"] == "cpu (Imaginary), 3 threads; cpu (Another), 3 threads"
-    assert shown["commit"] == "0123456789ab; fedcba987654" and shown["command"] == "`python train_rnn.py --tied`"
+    assert shown["commit"] == "0123456789ab-dirty; fedcba987654" and shown["command"] == "`python train_rnn.py --tied`"
     (single,) = [run_tables.plan_text([("one", (None, None), records[:1])]).strip().splitlines()[2]]
     assert "| 12.3 |" in single and "; " not in single
 
@@ -223,3 +223,35 @@ def test_nothing_to_render_is_refused(script, run, place, tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and str(unended) in done.stderr
     assert (place / "small.md").read_text(encoding="utf-8") == PAGE.format("")
+
+
+def test_what_a_table_refuses(tiny_run, run, place, fails):
+    """Two runs of one name, a name or a --results that are no place, records that are none; nothing is written."""
+    again = run("again", lambda record: record.update(name="tiny"))
+    before = files(place)
+    common = ("--results", place)
+    assert "another run given is called tiny" in fails(benchmark.main, "table", "small", tiny_run, again, *common)
+    elsewhere = run("elsewhere", lambda record: record.update(name="../evil"))
+    assert "without a folder, got '../evil'" in fails(benchmark.main, "table", "small", elsewhere, *common)
+    for name in ("", "../small"):
+        assert "expected a name" in fails(benchmark.main, "table", name, tiny_run, *common)
+    nothing = place.parent / "nothing.json"
+    nothing.write_text('{"format": 1}')
+    assert "a record of None" in fails(benchmark.main, "table", "small", nothing, *common)
+    assert files(place) == before
+    taken = place.parent / "taken"
+    taken.touch()
+    assert "--results" in fails(benchmark.main, "table", "small", tiny_run, "--results", taken)
+    assert "--results" in fails(benchmark.main, "load", "--record", "x", "--results", taken)
+    assert "--record a/b" in fails(benchmark.main, "load", "--record", "a/b", *common)
+
+
+def test_a_bar_in_a_name_does_not_split_its_row():
+    """It is escaped."""
+    assert report.markdown_table(("a", "b"), [["x|y", 1]]).splitlines()[-1] == r"| x\|y | 1 |"
+
+
+def test_flags_in_either_spelling_name_a_run():
+    """--runs_dir and --checkpoint_every are no settings, as --runs-dir and --checkpoint-every are none."""
+    command = "python train_awd.py --nhid 5 --runs_dir x --checkpoint_every 500 --save y"
+    assert run_tables._setting(command) == ["python train_awd.py", "--nhid 5"]

@@ -40,6 +40,8 @@ def test_a_process_that_dies_is_one_line():
     args = benchmark.build_parser().parse_args(["speed", "--vocab-size", "53"])
     with pytest.raises(UserError, match=r"^gone/rnn_models\.py is not there: name a checkout of L0SG[^\n]*$"):
         workers.Worker(SCRIPT, FLAGS, "port-rnn", "gone", args)
+    with pytest.raises(UserError, match=r"^[^\n]*cutoffs[^\n]*$"):  # the model's own words
+        workers.Worker(SCRIPT, f"{FLAGS} --adaptivesoftmax --cutoffs 1000", None, None, args)
     worker = workers.Worker(SCRIPT, FLAGS, None, None, args)
     worker.process.kill()
     with pytest.raises(UserError, match=r"^a process that measures has died[^\n]*$"):

@@ -4,7 +4,7 @@ import shlex
 import statistics
 from pathlib import Path
 
-from . import report
+from . import UserError, report
 from .pictures import ahead_picture
 from .tables import RIVALS, rival_name, spread
 
@@ -98,7 +98,7 @@ def _layers(rows):
     for peer, reach in LAYERS.items():
         for narrow, ours in enumerate(("QRNN", "QRNN bf16")):
             for what, key in (("layer", "ms"), ("layer without gradients", "inference_ms")):
-                if peer in layers and key in layers[peer] and not (peer == "SRU" and key == "ms"):
+                if {ours, peer} <= layers.keys() and key in layers[peer] and not (peer == "SRU" and key == "ms"):
                     ratios = _over(layers[ours][key], layers[peer][key])
                     found.append((what, ours, peer, ratios, reach[narrow] if key == "ms" or peer == "SRU" else None))
     return found
@@ -118,6 +118,10 @@ def every(results):
 def summary(results):
     """Render results/peers.md and .png from the records of RUNS that are in `results`."""
     found = every(results)
+    if not found:
+        raise UserError(
+            f"peers: no record in {results} has a peer beside ours; --from names the folder of their checkouts"
+        )
     report.put_on_page(results / "peers.md", "peers", summary_text(found))
     ahead_picture(found, results / "peers.png")
     report.say(f"| {len(found)} comparisons in {results / 'peers.md'}")

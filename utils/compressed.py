@@ -222,9 +222,12 @@ def quantization(args):
 def compression(args):
     """Size, peak memory, speed and perplexity of checkpoints, the first also in bf16: what compression really gives."""
     _, machine = runtime.setup(args)
-    (_, dense), *_ = given = [place.rpartition("=")[::2] for place in args.checkpoints]
+    given = [place.split("=", 1) if "=" in place else (place, place) for place in args.checkpoints]
+    if len(dict(given)) < len(given):
+        raise UserError(f"compression {' '.join(args.checkpoints)}: two have one name; give each another, NAME=PATH")
+    dense = given[0][1]
     folder = find_corpus(args.data or checkpoint.load(dense)["args"]["data"])
-    candidates = {name or path: (path, args.amp, args) for name, path in given}
+    candidates = {name: (path, args.amp, args) for name, path in given}
     candidates[f"{next(iter(candidates))}, bf16"] = (dense, "bf16", args)
     workers = {name: Worker(*candidate, kind=Measured) for name, candidate in candidates.items()}
     rows = {name: {"name": name, "memory_mib": worker("memory"), **worker("facts")} for name, worker in workers.items()}

@@ -93,11 +93,15 @@ LAYER_TOLERANCE |= {"int8, torch.ao": 4e-2}  # one scale for all rows of a weigh
 def chosen(args):
     """{name: arguments of its Candidate} for those that --only names and their peers whose checkouts are given."""
     every = {**CANDIDATES, **LARGE}
-    names = [name for name in CANDIDATES if not args.only or any(word in name for word in args.only)]
-    large = [word for word in args.only or () if LARGE_CORPUS in word]
-    names += [name for name in LARGE if any(word in name for word in large)]
-    if not names:
-        raise UserError(f"--only {' '.join(args.only)} names no candidate: there are {', '.join(every)}")
+    named = {
+        word: [name for name in every if word in name and (name in CANDIDATES or LARGE_CORPUS in word)]
+        for word in args.only or ()
+    }
+    for word, found in named.items():
+        if not found:
+            large = f"and, for words with {LARGE_CORPUS} in them, {'; '.join(LARGE)}"
+            raise UserError(f"--only {word!r} names no candidate: there are {'; '.join(CANDIDATES)}; {large}")
+    names = [name for name in every if any(name in found for found in named.values())] if named else list(CANDIDATES)
     checkouts = {"port-rnn": args.port, "port-rmc": args.port, "example": args.example, "a-martyn": args.martyn}
     checkouts["fastai"] = args.fastai
     checkouts["authors"] = args.awd and (args.awd, args.qrnn)
@@ -384,6 +388,6 @@ def finish(args, machine, figures, page="speed"):
     if args.record:
         folder = args.results / page
         folder.mkdir(parents=True, exist_ok=True)
-        report.put_on_page(args.results / f"{page}.md", args.record, text)
         report.write_record(folder / f"{args.record}.json", record)
+        report.put_on_page(args.results / f"{page}.md", args.record, text)
     report.say(text)

@@ -1,6 +1,7 @@
 """Pictures of measurements and of several runs; each of a run's own curves is utils/report.py's."""
 
 import itertools
+import math
 import statistics
 
 import numpy as np
@@ -74,21 +75,29 @@ def _curves(axes, unit, rows):
     lowest = []
     for number, (name, records) in enumerate(rows):
         line, marker = STYLES[number % len(STYLES)]
-        own = [min(epoch["valid_ppl"] for epoch in record["history"]["epochs"]) for record in records]
+        own = [_lowest(record) for record in records]
         label = f"{name}: {', '.join(f'{perplexity:.1f}' for perplexity in own)}"
         for record in records:
             epochs = record["history"]["epochs"]
-            lengths = [epoch["seconds"] / 60 if unit == "minutes" else 1 for epoch in epochs]
+            lengths = [epoch["seconds"] / 60 if unit == "minutes" else epoch["part"] for epoch in epochs]
             done = list(itertools.accumulate(lengths))
             valid = [epoch["valid_ppl"] for epoch in epochs]
             axes.plot(done, valid, line, marker=marker, ms=4, color=f"C{number % 10}", label=label)
             label = None  # one line of the legend for all seeds
-        lowest += own
+        lowest += [perplexity for perplexity in own if perplexity < math.inf]
     axes.set(xlabel=f"{unit} of training", ylabel="perplexity of the validation split", yscale="log")
     axes.set_title("between epochs; the lowest in the legend", fontsize=9)
-    axes.set_ylim(0.9 * min(lowest), 4 * max(lowest))
+    if lowest:
+        axes.set_ylim(0.9 * min(lowest), 4 * max(lowest))
     axes.locator_params(axis="x", integer=unit == "epochs")
     _plain(axes)
+
+
+def _lowest(record):
+    """The least validation perplexity of a training's epochs, inf where none is finite."""
+    return min(
+        (epoch["valid_ppl"] for epoch in record["history"]["epochs"] if epoch["valid_ppl"] < math.inf), default=math.inf
+    )
 
 
 def sparsity_picture(rows, path):

@@ -25,8 +25,6 @@ EVERY = "500"
 """Batches between checkpoints, so that a run that was killed goes on."""
 SEED = "-seed-"
 """Between a row's name and the number of a further seed."""
-DONE = ("finished", "max-minutes")
-"""Of a training's status: nothing is left of it to train."""
 
 
 def make(args):
@@ -39,30 +37,45 @@ def make(args):
     if args.name in MEASURED:
         measure(args)
         return
+    names = [row.name for row in PLANS[args.name]]
+    unknown = [name for name in args.only or () if name not in names]
+    if unknown:
+        raise UserError(f"--only {' '.join(unknown)}: {args.name} has {', '.join(names)}")
     rows = [row for row in PLANS[args.name] if not args.only or row.name in args.only]
-    if not rows:
-        raise UserError(f"--only {' '.join(args.only)}: {args.name} has {', '.join(r.name for r in PLANS[args.name])}")
-    runs = Path(args.runs_dir, args.name)
+    if (page := args.results / f"{args.name}.md").exists():
+        report.around(page, args.name)  # its markers are missed now, not after hours
+    runs, kept = Path(args.runs_dir, args.name), []
     for row in rows:
         for number in range(args.seeds):
             seed = f"{SEED}{number + 1}" if number else ""
-            if not (args.results / args.name / f"{row.name}{seed}.json").exists():
-                runs.mkdir(parents=True, exist_ok=True)
-                added = {f"{row.name}{seed}": _run(row, runs, number, seed, args)}
-                render(args.name, args.results, added, args.differences)
+            if _done(args.results / args.name / f"{row.name}{seed}.json", args.budget):
+                kept.append(f"{row.name}{seed}")
+                continue
+            runs.mkdir(parents=True, exist_ok=True)
+            added = {f"{row.name}{seed}": _run(row, runs, number, seed, args)}
+            render(args.name, args.results, added, args.differences)
+    if kept:
+        report.say(
+            f"| not run again: {', '.join(kept)}, recorded in {args.results / args.name} (--results for another)"
+        )
     render(args.name, args.results, differences=args.differences)
 
 
 def measure(args):
     """Run what a table of measurements is missing; benchmark.py keeps the records and pages."""
     for line in MEASURED[args.name]:
-        command = shlex.split(line.format(runs=args.runs_dir))
+        command = [word.format(runs=args.runs_dir) for word in shlex.split(line)]
         name = command[command.index("--record") + 1]
-        if not list(args.results.glob(f"*/{name}.json")):
+        if not _measured(args.results, command[0], name):
             places = [] if args.results.resolve() == RESULTS else ["--results", str(args.results)]
             _call(["benchmark.py", *command, *places, *_device(args)], name)
-        (path,) = args.results.glob(f"*/{name}.json")
-        report.say(f"| {name} in {path.parent}.md")
+        for path in _measured(args.results, command[0], name):
+            report.say(f"| {name} in {path.parent}.md")
+
+
+def _measured(results, kind, name):
+    """The records of a measurement, by its sub-command's and its own name; a run may be called like it."""
+    return [path for path in sorted(results.glob(f"*/{name}.json")) if report.read_record(path).get("kind") == kind]
 
 
 def _trains(row):
@@ -73,31 +86,40 @@ def _run(row, runs, number, seed, args):
     """The record of a row and seed: of the run that is there, or of its commands, run now."""
     name = f"{row.name}{seed}"
     place = runs / name / "run.json" if _trains(row) else runs / f"{name}.json"
-    if not _done(place):
+    if not _done(place, args.budget):
         for command in row.commands:
-            _call(_argv(command.format(runs=runs, seed=seed), runs, name, number, args), name)
-    if not _done(place):
+            words = [word.format(runs=runs, seed=seed) for word in shlex.split(command)]
+            _call(_argv(words, runs, name, number, args), name)
+    if not _done(place, args.budget):
         raise UserError(f"{name} has not ended; the same command goes on with it")
     return report.read_record(place)
 
 
-def _done(place):
-    """Whether there is a record of something that has ended."""
+def _done(place, budget):
+    """Whether there is a record of something that has ended, of its own or after `budget` minutes."""
     if not place.is_file():
         return False
     record = report.read_record(place)
-    return bool(record["results"]) and record.get("status", "finished") in DONE
+    cut = record.get("status") == "max-minutes" and budget is not None and record["minutes"] >= budget
+    return bool(record["results"]) and (cut or record.get("status", "finished") == "finished")
 
 
-def _argv(command, runs, name, number, args):
-    """A command's words as they are run: a training has a name and place, or is gone on with where it was cut."""
-    script, *flags = shlex.split(command)
+def _argv(words, runs, name, number, args):
+    """A command's words as they are run: a training has a name and place, or is gone on with where it was cut.
+
+    Raises UserError for a run that was finished elsewhere, or has lost what it could go on with.
+    """
+    script, *flags = words
     if script.startswith("train_"):
         folder = runs / name
         place = ["--runs-dir", str(runs), "--save", str(runs / "model.pt")]
         if (folder / "last.pt").is_file():
             flags = [*place[:2], "--resume", name]
         else:
+            if (folder / "best.pt").exists():
+                raise UserError(
+                    f"{folder} has a best.pt, but no last.pt to go on with: move it away to train {name} anew"
+                )
             shutil.rmtree(folder, ignore_errors=True)  # cut before its first checkpoint
             flags += [*place, "--name", name, "--checkpoint-every", EVERY]
             flags += ["--seed", str(1111 + number)] if number else []
@@ -136,13 +158,13 @@ def _call(argv, name):
 def render(name, results, added=None, differences=False):
     """Keep the records {name: record} added in results/NAME/, put all that are there on results/NAME.md as a table.
 
-    Planned rows come first and in their order, with what was published and a picture; other records follow. Nothing is
-    written when a record can't be rendered. differences: planned or not, all are rows of one table, as records_text
-    has it. Raises UserError when there is none.
+    Planned rows come first and in their order, with what was published and a picture; other records follow. No record
+    and no page is written when one can't be rendered or drawn. differences: planned or not, all are rows of one table,
+    as records_text has it. Raises UserError when there is none.
     """
     folder, page = results / name, results / f"{name}.md"
     found = {path.stem: report.read_record(path) for path in sorted(folder.glob("*.json"))} | (added or {})
-    records = {stem: record for stem, record in found.items() if record["kind"] in KINDS}
+    records = {stem: record for stem, record in found.items() if record.get("kind") in KINDS}
     if not records:
         planned = ", ".join([*MEASURED, *PLANS])
         raise UserError(f"{folder} has no run records; name run folders after {name}, or a planned table: {planned}")
@@ -156,26 +178,25 @@ def render(name, results, added=None, differences=False):
         parts, others = [records_text(records, differences=True)], {}
     elif rows:
         parts = [plan_text(rows)]
+    folder.mkdir(parents=True, exist_ok=True)
     if rows:
-        parts += [f"![{name}]({name}.png)\n"]
+        parts += [f"![{name}]({name}.png)\n"] if draw(name, rows, results / f"{name}.png") else []
         missing = [row.name for row in PLANS[name] if row.name not in [done for done, _, _ in rows]]
         parts += [f"Not run: {', '.join(missing)}.\n"] if missing else []
     if others:
         parts += [records_text(others)]
-    folder.mkdir(parents=True, exist_ok=True)
     (report.replace_between if page.exists() else report.put_on_page)(page, name, "\n".join(parts))
     for stem, record in (added or {}).items():
         report.write_record(folder / f"{stem}.json", record)
-    if rows:
-        draw(name, rows, results / f"{name}.png")
     if results.resolve() == RESULTS:
         report.replace_between(ROOT / "README.md", SUMMARY, summary_text(results))
-    report.say(f"| {len(records)} rows in {page}")
+    report.say(f"| {len(records)} records in {page}")
 
 
 def _own(row, names):
     """Those of the records' names that are of a row, for whatever seed, in order."""
-    return [name for name in sorted(names) if name == row.name or name.startswith(row.name + SEED)]
+    own = [name for name in names if name == row.name or name.startswith(row.name + SEED)]
+    return sorted(own, key=lambda name: (len(name), name))  # the tenth seed after the second
 
 
 def summary_text(results):
@@ -190,7 +211,7 @@ def summary_text(results):
         paths, best = {path.stem: path for path in (results / name).glob("*.json")}, {}
         for row in plan:
             records = [report.read_record(paths[stem]) for stem in _own(row, paths)]
-            if records and row.test:
+            if row.test and records and all(record.get("status", "finished") == "finished" for record in records):
                 valid, ours = (
                     statistics.mean(record["results"][split]["perplexity"] for record in records)
                     for split in ("valid", "test")
@@ -207,10 +228,13 @@ def summary_text(results):
 
 
 def draw(name, rows, path):
-    """The picture of a planned table: perplexity over sparsity for pruning, curves for the others."""
+    """The picture of a planned table: perplexity over sparsity for pruning, curves for the others.
+
+    Returns whether there was anything to draw.
+    """
+    curves = [(row, records) for row, _, records in rows if records[0]["kind"] == TRAINED]
     if name == "pruning":
         sparsity_picture([(row, published[1], records[0]) for row, published, records in rows], path)
-        return
-    curves = [(row, records) for row, _, records in rows if records[0]["kind"] == TRAINED]
-    if curves:
+    elif curves:
         curves_picture(curves, path)
+    return name == "pruning" or bool(curves)

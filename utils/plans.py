@@ -1,5 +1,7 @@
 """The tables of the seeds: what each of their rows trains, and what was published for it."""
 
+import shlex
+
 from . import UserError
 from .cli import PORT_TRAINING
 from .rows import (
@@ -291,9 +293,13 @@ def listing(runs, table=None):
         raise UserError(f"--list {table}: expected a planned table, one of {', '.join(names)}")
     lines = []
     for name in [table] if table else names:
-        lines += [name, *(f"  benchmark.py {line.format(runs=runs)}" for line in MEASURED.get(name, ()))]
+        lines += [
+            name,
+            *(f"  benchmark.py {line.format(runs=shlex.quote(str(runs)))}" for line in MEASURED.get(name, ())),
+        ]
         for row in PLANS.get(name, ()):
-            published = f" (published: {row.test:g} test)" if row.test else ""
-            commands = [command.format(runs=f"{runs}/{name}", seed="") for command in row.commands]
+            figures = (f"{figure:g} {split}" for split, figure in (("valid", row.valid), ("test", row.test)) if figure)
+            published = f" (published: {', '.join(figures)})" if row.valid or row.test else ""
+            commands = [command.format(runs=shlex.quote(f"{runs}/{name}"), seed="") for command in row.commands]
             lines.append(f"  {row.name}{published}: {'; '.join(commands)}")
     return "\n".join(lines)

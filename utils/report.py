@@ -170,18 +170,20 @@ def environment(device, amp):
     }
 
 
+CHANGES = ("--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results", ":(top,exclude)README.md")
+"""git's word for changes of tracked files but those that tables are written to, row by row."""
+
+
 @functools.cache
 def git_commit():
-    """The commit of this code, with "-dirty" for uncommitted changes; None outside a git checkout.
+    """The commit of this code, with "-dirty" for uncommitted changes (CHANGES); None outside a git checkout.
 
     That of the first call counts to the end of the process: a checkout may change while something runs.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        )
+        changes = subprocess.run([*git, "status", *CHANGES], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip() + ("-dirty" if changes.stdout else "")
@@ -260,6 +262,14 @@ def read_record(path):
     return record
 
 
+def make_folder(flag, path):
+    """Make a folder where there is none. Raises UserError when it can't be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot make this folder ({error.strerror}); choose another place") from None
+
+
 def check_place(flag, path):
     """Raises UserError where no file can be written: a path without its folder, a folder."""
     parent = Path(path).resolve().parent
@@ -290,7 +300,8 @@ def draw_curves(path, history, title):
     top.plot(ends, [e["train_ppl"] for e in epochs], "s--", color="0.4", ms=4, label="train (epoch)")
     valid = [e["valid_ppl"] for e in epochs]
     top.plot(ends, valid, "o-", color="C0", ms=5, label=f"valid (batch {epochs[0]['valid_batch']})")
-    top.set(yscale="log", ylabel="perplexity", title=title)
+    top.set(yscale="log", ylabel="perplexity")
+    top.set_title(title, parse_math=False)
     shown = [*valid, *(e["train_ppl"] for e in epochs), *(p[1] for p in points[len(points) // 10 :])]
     shown = [value for value in shown if math.isfinite(value)]
     if shown:
@@ -317,14 +328,11 @@ def draw_curves(path, history, title):
 def markdown_table(header, rows):
     """A markdown table; the first column to the left, the others to the right."""
     lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def replace_between(path, name, text):
-    """Put `text` between the markers `<!-- NAME -->` and `<!-- /NAME -->` of a file.
-
-    Raises UserError when the file or the markers are missing.
-    """
+def around(path, name):
+    """What a file has up to `<!-- NAME -->` and from `<!-- /NAME -->` on. Raises UserError when they are missing."""
     path = Path(path)
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -332,8 +340,17 @@ def replace_between(path, name, text):
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise UserError(f"{path} needs the lines {start.strip()} and {end} around the place of the table")
+    return before + start, end + after
+
+
+def replace_between(path, name, text):
+    """Put `text` between the markers `<!-- NAME -->` and `<!-- /NAME -->` of a file.
+
+    Raises UserError when the file or the markers are missing.
+    """
+    before, after = around(path, name)
     with atomic_write(path, "w", encoding="utf-8") as file:
-        file.write(before + start + text + end + after)
+        file.write(before + text + after)
 
 
 def put_on_page(page, name, text):

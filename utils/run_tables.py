@@ -61,13 +61,14 @@ def cells(record):
     if batch != {1}:
         raise UserError(f"run {record['name']}: expected valid and test scored at batch 1, got batch sizes {batch}")
     trained = record["kind"] == TRAINED
+    cut = "" if record.get("status", "finished") == "finished" else f", {record['status']}"
     adaptation = f"`{record['adaptation']}`" if record.get("adaptation") else ""
     return {
         "model": model_name(model),
         "parameters": f"{model['parameters']:,}",
         "corpus": record["corpus"]["name"],
         "recipe": record["config"]["recipe"] if trained else adaptation,
-        "epochs": record["epochs"] if trained else "",
+        "epochs": f"{record['epochs']}{cut}" if trained else "",
         "adaptation": adaptation or "none",
         "minutes": f"{record['minutes']:.1f}",
         "valid ppl": f"{results['valid']['perplexity']:.2f}",
@@ -77,8 +78,14 @@ def cells(record):
         "peak MiB": f"{record['peak_memory_mib']:.0f}" if trained else "",
         "device": f"{environment['device']}, {environment['threads']} threads",
         "command": f"`{record['command']}`",
-        "commit": (environment["commit"] or "")[:12],
+        "commit": _short(environment["commit"] or ""),
     }
+
+
+def _short(commit):
+    """The first letters of a commit, and what follows its number."""
+    number, dash, dirty = commit.partition("-")
+    return number[:12] + dash + dirty
 
 
 def _table(columns, records):
@@ -130,7 +137,7 @@ def differences_text(records):
 def _setting(command):
     """A command's script and flags, each with its values, without those that name a run or keep it."""
     own = ("--seed", "--name", "--save", "--runs-dir", "--checkpoint-every")
-    return [flag for flag in re.split(r" (?=--)", command) if not flag.startswith(own)]
+    return [flag for flag in re.split(r" (?=--)", command) if not flag.replace("_", "-").startswith(own)]
 
 
 def plan_text(rows):

@@ -1,5 +1,6 @@
 """Records as the cells of markdown tables."""
 
+import itertools
 import math
 import statistics
 
@@ -156,7 +157,9 @@ def profile_text(record):
         digits = places(row["total_ms"])
         header += [f"{row['name']}: {row['total_ms']:,.{digits}f} ms", "calls", "ms"]
         cells.append([[shortened(name), f"{calls:,}", f"{taken:,.{digits}f}"] for name, taken, calls in row["longest"]])
-    rows = [[cell for part in parts for cell in part] for parts in zip(*cells, strict=True)]
+    rows = [
+        [cell for part in parts for cell in part] for parts in itertools.zip_longest(*cells, fillvalue=("", "", ""))
+    ]
     return f"Vocabulary {record['vocab_size']:,}. " + about(record) + report.markdown_table(header, rows)
 
 
@@ -190,7 +193,7 @@ def layers_text(record):
     for what, sizes in dict.fromkeys((row["what"], tuple(row["sizes"])) for row in record["rows"]):
         rows = [row for row in record["rows"] if (row["what"], tuple(row["sizes"])) == (what, sizes)]
         names = "T, B, H" if what == "recurrence" else "T, B, input, H, window"
-        first = next(row for row in rows if row["name"] in ("cpu", "cuda", "QRNN"))
+        first = next((row for row in rows if row["name"] in ("cpu", "cuda", "QRNN")), rows[0])
         cells = []
         for row in rows:
             ratios = [theirs / ours for ours, theirs in zip(first["ms"], row["ms"], strict=True)]

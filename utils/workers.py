@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import CorpusError
 from data.batching import columns, windows
 from data.corpus import Corpus
 from generate import sample
-from models import build, compiled
+from models import ModelError, build, compiled
 
 from . import UserError, optim, parsing, runtime, timing, trainer
 from .evaluation import evaluate
@@ -245,8 +246,8 @@ def work(pipe, kind, *candidate):
     try:
         candidate = kind(*candidate)
         pipe.send("ready")
-    except UserError as error:
-        pipe.send(error)
+    except (UserError, CorpusError, ModelError) as error:
+        pipe.send(UserError(str(error)))
         return
     while True:
         try:
@@ -255,8 +256,8 @@ def work(pipe, kind, *candidate):
             return
         try:
             pipe.send(getattr(candidate, method)(*arguments))
-        except UserError as error:
-            pipe.send(error)
+        except (UserError, CorpusError, ModelError) as error:
+            pipe.send(UserError(str(error)))
 
 
 def load_once(kind, folder, port):
