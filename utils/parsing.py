@@ -121,7 +121,7 @@ def _resumed(parser, given, early, args, families):
                 f"--{flag.replace('_', '-')} {value} differs from the resumed run's {saved.get(flag)}: "
                 f"only {allowed} may"
             )
-    if saved["max_minutes"] and resumed["position"]["seconds"] >= 60 * saved["max_minutes"]:
+    if saved.get("max_minutes") and resumed["position"]["seconds"] >= 60 * saved["max_minutes"]:
         saved["max_minutes"] = None  # they are over, so that what is resumed without the flag has no limit
     place = {"name": folder.path.name, "runs_dir": str(folder.path.parent), "resume": early.resume}
     return argparse.Namespace(**{**vars(args), **saved, **given, **place}), resumed
