@@ -107,7 +107,7 @@ def _done(place, budget):
 def _argv(words, runs, name, number, args):
     """A command's words as they are run: a training has a name and place, or is gone on with where it was cut.
 
-    Raises UserError for a run that was finished elsewhere, or has lost what it could go on with.
+    Raises UserError for a run that has a best checkpoint and lost what it could go on with.
     """
     script, *flags = words
     if script.startswith("train_"):
