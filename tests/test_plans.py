@@ -278,10 +278,13 @@ def test_a_run_cut_by_the_budget_says_so_and_goes_on(planned, place):
     (row,) = planned_rows(place)
     assert row["epochs"] == "1, max-minutes" and "dense" not in planning.summary_text(place)
     assert planned("--only", "dense", "--budget", "0.0001") == []
-    (ran,) = planned("--only", "dense")
-    assert "--resume dense" in ran
+    (ran,) = planned("--only", "dense", "--budget", "5")
+    assert "--resume dense --max-minutes 5" in ran
     (row,) = planned_rows(place)
     assert row["epochs"] == "1" and "[dense]" in planning.summary_text(place)
+    planned("--only", "longer", "--budget", "0.0001")
+    (ran,) = planned("--only", "longer")
+    assert ran.endswith("--resume longer") and planned_rows(place)[1]["epochs"] == "1"
 
 
 def test_what_is_recorded_is_not_run_again_and_said_to_be(planned, place, capsys):
