@@ -331,11 +331,18 @@ def test_a_row_that_never_was_finite_is_shown(planned, place):
     for epoch in record["history"]["epochs"]:
         epoch["valid_ppl"] = math.inf
     report.write_record(path, record)
-    for others in (["longer"], []):
+    for _ in range(2):
         planning.render("small", place)
         assert (place / "small.png").stat().st_size > 10_000
-        for name in others:
-            (place / "small" / f"{name}.json").unlink()
+        (place / "small" / "longer.json").unlink(missing_ok=True)
+
+
+def test_rows_without_curves_have_no_picture(planned, place):
+    """The page has no link to one that is not drawn."""
+    planned("--only", "dense", "at-once-50")
+    (place / "small" / "dense.json").unlink()
+    planning.render("small", place)
+    assert "small.png" not in (place / "small.md").read_text(encoding="utf-8")
 
 
 def test_seeds_are_in_the_order_of_their_numbers():

@@ -150,11 +150,11 @@ def plan_text(rows):
     for name, published, records in rows:
         row = {"row": name, **cells(records[0])}
         if len(records) > 1:
-            every = [cells(record) for record in records]
             for column, key, digits in MEANS:
                 if row[column]:
                     row[column] = f"{statistics.mean(record[key] for record in records):.{digits}f}"
-            row |= {column: "; ".join(dict.fromkeys(own[column] for own in every)) for column in ("device", "commit")}
+            for column in ("device", "commit"):
+                row[column] = "; ".join(dict.fromkeys(cells(record)[column] for record in records))
         row["seeds"] = " ".join(str(record["config"]["seed"]) for record in records if record["kind"] == TRAINED)
         for split, figure in zip(("valid", "test"), published, strict=True):
             row[f"published {split}"] = "" if figure is None else f"{figure:g}"
