@@ -15,6 +15,8 @@ from models import ModelError
 
 from . import TrainingError, UserError, report
 
+USER_ERRORS = (UserError, CorpusError, ModelError)
+"""What the user did wrong, in the words of each package."""
 LOST_PROCESS = re.compile("gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 """What torch says in the other processes when one of a run has died."""
 
@@ -29,7 +31,7 @@ def run(main):
         report.git_commit()  # of the code that was loaded, whatever is checked out by the end
         main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written: a late Ctrl-C would only show torch's clean-up
-    except (UserError, CorpusError, ModelError) as error:
+    except USER_ERRORS as error:
         sys.exit(_fail(prog, error, 2))
     except TrainingError as error:
         sys.exit(_fail(prog, error, 1))

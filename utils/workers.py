@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import CorpusError
 from data.batching import columns, windows
 from data.corpus import Corpus
 from generate import sample
-from models import ModelError, build, compiled
+from models import build, compiled
 
 from . import UserError, optim, parsing, runtime, timing, trainer
 from .evaluation import evaluate
 from .peers import PEERS, PORT, load
+from .program import USER_ERRORS
 from .text import epoch_lengths
 
 
@@ -246,7 +246,7 @@ def work(pipe, kind, *candidate):
     try:
         candidate = kind(*candidate)
         pipe.send("ready")
-    except (UserError, CorpusError, ModelError) as error:
+    except USER_ERRORS as error:
         pipe.send(UserError(str(error)))
         return
     while True:
@@ -256,7 +256,7 @@ def work(pipe, kind, *candidate):
             return
         try:
             pipe.send(getattr(candidate, method)(*arguments))
-        except (UserError, CorpusError, ModelError) as error:
+        except USER_ERRORS as error:
             pipe.send(UserError(str(error)))
 
 
